@@ -1,0 +1,55 @@
+"""What a run reports: score, KL to the reference chain, their objective J, win rate and closeness to the data."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+import d3po
+from toy.worlds import Mixture, on_data
+
+
+class Measured(NamedTuple):
+    """Averages over B chains of a policy. Made by `measure`."""
+
+    score: float  # E[r], mean score of the final points
+    kl: float  # KL(chain || reference chain) in nats
+    j: float  # E[r] - beta KL
+    j_sem: float  # its standard error
+    win_rate: float  # share of chains that score better than the reference's from the same noise; a tie counts half
+    on_data: float  # share of final points within 3 sd of a mode
+
+
+@torch.no_grad()
+def chain_kl(policy: d3po.Denoiser, reference: d3po.Denoiser, schedule: d3po.Schedule, x: Tensor) -> Tensor:
+    """KL of a chain of the policy to the reference chain, given its states: sum_i |mu - mu_ref|^2 / (2 sigma_i^2).
+
+    x (T+1, B, 2): chains sampled from the policy. Returns (B,), nats; its mean is an unbiased estimate of the KL.
+    """
+    per_step = [
+        (d3po.policy_mean(policy, schedule, i, x[i]) - d3po.policy_mean(reference, schedule, i, x[i])).square().sum(1)
+        / (2 * sigma**2)
+        for i, sigma in enumerate(schedule.sigma)
+    ]
+    return torch.stack(per_step).sum(0)
+
+
+def measure(policy: d3po.Denoiser, reference: d3po.Denoiser, schedule: d3po.Schedule, mixture: Mixture,
+            score: Callable[[Tensor], Tensor], beta: float, chains: int, seed: int) -> tuple[Measured, Tensor, Tensor]:
+    """Sample chains of the policy and of the reference with the same noise; compare them.
+
+    Returns the averages and the chains x (T+1, B, 2) of the policy and of the reference. Uses its own generator.
+    """
+    x_T = torch.randn(chains, 2, generator=torch.Generator().manual_seed(seed))
+    x, x_ref = (
+        d3po.rollout(denoiser, schedule, x_T, generator=torch.Generator().manual_seed(seed + 1)).x
+        for denoiser in (policy, reference)
+    )
+    r, r_ref = score(x[-1]), score(x_ref[-1])
+    kl = chain_kl(policy, reference, schedule, x)
+    j = r - beta * kl
+    win = (r > r_ref).float() + (r == r_ref).float() / 2
+    near = on_data(mixture, x[-1]).float()
+    averages = (a.mean().item() for a in (r, kl, j))
+    return Measured(*averages, j.std().item() / chains**0.5, win.mean().item(), near.mean().item()), x, x_ref

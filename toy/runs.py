@@ -1,0 +1,69 @@
+"""Run folders: what a run leaves behind, written so that killing it at any moment loses at most the epoch in hand."""
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse that shows defaults in --help and refuses bad input in one sentence, with exit code 2."""
+
+    def __init__(self, **kwargs):
+        super().__init__(formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message} (--help lists the flags)\n")
+
+
+def open_run(parser: Parser, settings: dict) -> dict:
+    """Make the folder settings["out"], with empty metrics.jsonl and labels.jsonl; return the content of its config.json.
+
+    A run that is already there is kept, as NAME.1, NAME.2, ... The content is the settings, versions and git revision.
+    """
+    out = settings["out"]
+    try:
+        if (out / "config.json").exists():
+            number = next(n for n in range(1, sys.maxsize) if not out.with_name(f"{out.name}.{n}").exists())
+            out.rename(out.with_name(f"{out.name}.{number}"))
+            print(f"{out} held a run already: that one is now {out.name}.{number}.")
+        out.mkdir(parents=True, exist_ok=True)
+        git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+        versions = {"python": platform.python_version(), "torch": torch.__version__}
+        config = {**settings, "out": str(out), "versions": versions, "git_revision": git.stdout.strip() or None}
+        save_json(out / "config.json", config)
+        for name in ("metrics.jsonl", "labels.jsonl"):
+            (out / name).write_text("")
+    except OSError as error:
+        parser.error(f"--out {out} cannot be written ({error.strerror}): choose another folder")
+    return config
+
+
+def save_json(path: Path, content: dict) -> None:
+    """Write JSON so that the file is at all times either the old one or the new one."""
+    _replace(path, lambda part: part.write_text(json.dumps(content, indent=2) + "\n"))
+
+
+def save_tensors(path: Path, content: dict) -> None:
+    """Write tensors by torch.save, in the same all-or-nothing way."""
+    _replace(path, lambda part: torch.save(content, part))
+
+
+def append(path: Path, rows: list[dict]) -> None:
+    """Append one JSON object a line, and flush."""
+    with path.open("a") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def _replace(path: Path, write) -> None:
+    part = path.with_name(path.name + ".part")
+    write(part)
+    os.replace(part, path)

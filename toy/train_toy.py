@@ -1,0 +1,151 @@
+"""Align a 2D diffusion model from pairwise preferences. No flag is needed.
+
+    python toy/train_toy.py
+
+First a small DDPM of a mixture is trained: the reference. Then, epoch after epoch, pairs of chains are sampled from one
+x_T each and labelled by an analytic score, and the losses of d3po.py move an adapter on the reference (align.py). The
+run leaves in --out: config.json, metrics.jsonl (a line an epoch), labels.jsonl (a line a comparison), policy.pt (the
+weights after the last good epoch), samples.npz and toy.png.
+"""
+
+import math
+import sys
+import time
+from argparse import Namespace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository: this file is run as a script
+
+import d3po
+from toy import optimum, plots, runs
+from toy.align import Comparisons, align
+from toy.ddpm import Adapter, pretrain
+from toy.measure import measure
+from toy.worlds import ALPHA_BARS, MIXTURES, SCORES, exact_denoiser, on_data, sample_data
+
+LOSSES = {  # name: (function of d3po.py, update at every step?)
+    "eq14": (d3po.d3po_losses, True),
+    "eq12": (partial(d3po.d3po_losses, steps=[0]), True),
+    "chain": (d3po.chain_dpo_losses, False),
+}
+LABELS = {"bradley-terry": d3po.bradley_terry, "greedy": d3po.preference}
+SAMPLES = 4000  # chains that the final table and the figure are made from
+
+
+def parse(argv: list[str] | None) -> tuple[runs.Parser, Namespace, d3po.Schedule]:
+    parser = runs.Parser(prog="train_toy.py", description=__doc__.splitlines()[0])
+    world = parser.add_argument_group("the world")
+    world.add_argument("--mixture", choices=MIXTURES, default="ring", help="the data")
+    world.add_argument("--preference", choices=SCORES, default="reach", help="the score by which points are compared")
+    world.add_argument("--labels", choices=LABELS, default="bradley-terry", help="drawn from Eq. 3, or the better one wins")
+    world.add_argument("--reference", choices=["learned", "exact"], default="learned", help="a DDPM trained here, or a formula")
+    world.add_argument("--num-steps", type=int, default=20, help="T, denoising steps")
+    world.add_argument("--eta", type=float, default=1.0, help="DDIM's noise scale, above 0 and at most 1")
+    method = parser.add_argument_group("the method")
+    method.add_argument("--loss", choices=LOSSES, default="eq14", help="Eq. 14, Eq. 12, or Eq. 5 on the whole chain")
+    method.add_argument("--beta", type=float, default=0.3, help="strength of the KL: score per nat")
+    method.add_argument("--lr", type=float, default=1e-3, help="Adam's step size at the start; it falls to 0 as a cosine")
+    method.add_argument("--epochs", type=int, default=200, help="times that pairs are sampled, labelled and trained on")
+    method.add_argument("--pairs", type=int, default=256, help="pairs of chains, so labels, an epoch")
+    parser.add_argument("--seed", type=int, default=0, help="of everything; the same seed gives the same metrics.jsonl")
+    parser.add_argument("--out", type=Path, default=Path("runs/toy"), help="run folder")
+    args = parser.parse_args(argv)
+    for name, value in (("--beta", args.beta), ("--lr", args.lr), ("--epochs", args.epochs), ("--pairs", args.pairs)):
+        if not 0 < value < math.inf:
+            parser.error(f"{name} {value}: give a positive number")
+    if not 0 <= args.seed < 2**63:
+        parser.error(f"--seed {args.seed}: give a number from 0 to 2^63 - 1")
+    try:
+        schedule = d3po.make_schedule(ALPHA_BARS, args.num_steps, args.eta)
+    except ValueError as error:
+        parser.error(str(error))
+    return parser, args, schedule
+
+
+def main(argv: list[str] | None = None) -> None:
+    start = time.perf_counter()
+    parser, args, schedule = parse(argv)
+    torch.set_num_threads(1)  # tensors this small gain nothing from more, and one thread gives the same bits every time
+    torch.manual_seed(args.seed)
+    config, out = runs.open_run(parser, vars(args)), args.out
+    mixture, score, label = MIXTURES[args.mixture], SCORES[args.preference], LABELS[args.labels]
+    print(
+        f"D3PO on the plane. Data: {args.mixture}; preference: {args.preference}, {args.pairs} {args.labels} labels an epoch;\n"
+        f"loss {args.loss}, beta {args.beta:g}, T = {args.num_steps}, seed {args.seed}. Everything is kept in {out}."
+    )
+
+    reference = exact_denoiser(mixture) if args.reference == "exact" else pretrain(mixture).requires_grad_(False)
+    policy = Adapter(reference, schedule, mixture)
+    best = optimum.solve(reference, schedule, score, args.beta)
+    numbers = {name: value for name, value in best._asdict().items() if isinstance(value, float)}
+    runs.save_json(out / "config.json", config | {"optimum": numbers})
+
+    step_losses, each_step = LOSSES[args.loss]
+
+    def losses(policy, schedule, seen: Comparisons):
+        pairs = d3po.pairs_from_feedback(seen.h)
+        return step_losses(policy, schedule, seen.chains, pairs, args.beta, seen.ref_log_prob)
+
+    def measured(chains: int, seed: int):
+        return measure(policy, reference, schedule, mixture, score, args.beta, chains, seed)
+
+    training = align(policy, reference, schedule, score, label, losses, each_step, args.lr, args.epochs, args.pairs)
+    bar = tqdm(training, "align", args.epochs, unit=" epochs", mininterval=0.5)
+    try:
+        for epoch, done in enumerate(bar, 1):
+            now, _, _ = measured(512, seed=1)
+            row = {
+                "epoch": epoch, "score": now.score, "kl": now.kl, "win_rate": now.win_rate, "on_data": now.on_data,
+                "attained_share": optimum.attained_share(now.j, best), "accuracy": done.accuracy,
+                "margin": args.beta * done.margin, "loss": done.loss, "labels": done.labels,
+            }  # fmt: skip
+            runs.append(out / "metrics.jsonl", [row])
+            runs.append(out / "labels.jsonl", comparisons(epoch, done.new))
+            runs.save_tensors(out / "policy.pt", policy.state_dict())
+            bar.set_postfix_str(f"score {now.score:.2f}, KL {now.kl:.2f}, accuracy {done.accuracy:.0%}")
+    except FloatingPointError as error:
+        bar.close()
+        sys.exit(
+            f"{error}, so the run stops. Lower --lr (now {args.lr:g}), or raise --beta (now {args.beta:g}) or --pairs (now "
+            f"{args.pairs}). {out} holds the metrics so far and, once an epoch ended well, its weights: policy.pt."
+        )
+
+    x_T = torch.randn(SAMPLES, 2, generator=torch.Generator().manual_seed(2))
+    after, x, x_ref = measured(SAMPLES, seed=2)
+    before = measure(reference, reference, schedule, mixture, score, args.beta, SAMPLES, seed=2)[0]
+    chains = optimum.sample_optimum(reference, schedule, score, args.beta, best, x_T)
+    few = slice(0, 6)
+    np.savez(
+        out / "samples.npz",
+        data=sample_data(mixture, SAMPLES), before=x_ref[-1], after=x[-1], optimum=chains[-1],
+        chains_before=x_ref[:, few], chains_after=x[:, few],
+    )  # fmt: skip
+    win = (score(chains[-1]) > score(x_ref[-1])).float().mean().item()
+    print(f"""
+                                  before    after    best means   exact optimum
+mean score                      {before.score:8.3f} {after.score:8.3f} {best.score_gauss:13.3f} {best.score_star:15.3f}
+KL to the reference (nats)      {before.kl:8.3f} {after.kl:8.3f} {best.kl_gauss:13.3f} {best.kl_star:15.3f}
+J = score - beta KL             {before.j:8.3f} {after.j:8.3f} {best.j_gauss:13.3f} {best.j_star:15.3f}
+attained share                  {0:8.3f} {optimum.attained_share(after.j, best):8.3f} {1:13.3f} {optimum.attained_share(best.j_star, best):15.3f}
+win rate against the reference  {before.win_rate:8.1%} {after.win_rate:8.1%} {"":13} {win:15.1%}
+samples within 3 sd of a mode   {before.on_data:8.1%} {after.on_data:8.1%} {"":13} {on_data(mixture, chains[-1]).float().mean():15.1%}
+
+{done.labels:,} labels, {time.perf_counter() - start:.0f} s. Figure: {plots.draw_run(out)}""")
+
+
+def comparisons(epoch: int, new: Comparisons) -> list[dict]:
+    """One row of labels.jsonl for each labelled pair: the two final points, their scores, and h."""
+    points = new.chains.x[-1].view(-1, 2, 2).tolist()
+    return [
+        {"epoch": epoch, "points": p, "scores": s, "h": h}
+        for p, s, h in zip(points, new.scores.tolist(), new.h.tolist(), strict=True)
+    ]
+
+
+if __name__ == "__main__":
+    main()
