@@ -1,13 +1,11 @@
 """D3PO: fine-tune a diffusion model from pairwise preferences, with no reward model. The whole algorithm, torch only.
 
-    python toy/train_toy.py                             # these functions on a 2D toy, in a minute on a laptop
-    python -c "import d3po; help(d3po.d3po_losses)"     # Eq. 14, one loss for each denoising step
+    python toy/train_toy.py        # these functions on a 2D toy, in a minute on a laptop
 
-The idea. Denoising is a game of T moves: the state is the noisy image, the move is the next, less noisy one, and the
-sampler's Gaussian step is the policy. Sample two chains from the same noise, ask which final image is better, and at
-every step raise the probability of the winner's move and lower the loser's, relative to a reference model (Eq. 14).
-
-Paper: Yang et al., "Using Human Feedback to Fine-tune Diffusion Models without Any Reward Model", arXiv 2311.13231.
+Denoising is a game of T moves: the state is the noisy image, the move is the next, less noisy one, and the sampler's
+Gaussian step is the policy. Sample two chains from the same noise, ask which final image is better, and at every step
+raise the probability of the winner's move and lower the loser's, relative to a reference model (Eq. 14 of Yang et al.,
+"Using Human Feedback to Fine-tune Diffusion Models without Any Reward Model", arXiv 2311.13231).
 
 NOTATION
     paper                         code                            shape
@@ -48,8 +46,7 @@ Denoiser = Callable[[Tensor, Tensor, Any], Tensor]  # eps(x (B, *D), model time 
 
 
 class Schedule(NamedTuple):
-    """The T actions of a sampler, noisiest first. Made by `make_schedule`."""
-
+    """The T actions of a sampler, noisiest first, as made by `make_schedule`."""
     timesteps: Tensor  # (T,) int64, model time before each action
     alpha_bar: Tensor  # (T,) alpha-bar before the action: x = sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) eps
     alpha_bar_prev: Tensor  # (T,) alpha-bar after the action
@@ -58,13 +55,11 @@ class Schedule(NamedTuple):
 
 class Trajectory(NamedTuple):
     """A batch of B denoising chains. Made by `rollout`."""
-
     x: Tensor  # (T+1, B, *D) x_T ... x_0: state i is x[i], action i is x[i + 1]
     log_prob: Tensor  # (T, B) log pi(a_i | s_i) in nats, of the policy that sampled the chain
 
 
 # The policy: one denoising step is a Gaussian (Sec. 4.1, Eq. 2)
-
 
 def make_schedule(alpha_bars: Tensor, num_steps: int, eta: float = 1.0, timesteps: Tensor | None = None) -> Schedule:
     """Choose the T = num_steps actions of a DDIM sampler; with eta = 1 each is DDPM's ancestral step.
@@ -79,21 +74,16 @@ def make_schedule(alpha_bars: Tensor, num_steps: int, eta: float = 1.0, timestep
     """
     _require(alpha_bars.ndim == 1 and len(alpha_bars) > 1, f"alpha_bars {tuple(alpha_bars.shape)} is not of shape (N,)")
     bars, n = alpha_bars.detach().cpu().double(), len(alpha_bars)
-    _require(
-        (bars > 0).all() and (bars < 1).all() and (bars.diff() < 0).all(),
-        "alpha_bars must decrease inside (0, 1): give the cumulative products, as in scheduler.alphas_cumprod",
-    )
+    falling = (bars > 0).all() and (bars < 1).all() and (bars.diff() < 0).all()
+    _require(falling, "alpha_bars must decrease inside (0, 1): give cumulative products, as scheduler.alphas_cumprod")
     _require(1 <= num_steps < n, f"num_steps = {num_steps}: {n} noise levels have room for 1 to {n - 1} steps")
     _require(0 < eta <= 1, f"eta = {eta}: choose 0 < eta <= 1; at 0 a step has no noise, so no density to train on")
     if timesteps is None:
         timesteps = torch.arange(num_steps - 1, -1, -1) * (n // num_steps) + 1
     times = timesteps.detach().cpu().long()
-    _require(
-        times.shape == (num_steps,) and times.max() < n and times.min() >= 1 and (times.diff() < 0).all(),
-        f"timesteps must be {num_steps} decreasing integers between {n - 1} and 1, not {timesteps.tolist()}",
-    )
-    ab = bars[times]
-    ab_prev = torch.cat([ab[1:], bars[:1]])
+    fits = times.shape == (num_steps,) and times.max() < n and times.min() >= 1 and (times.diff() < 0).all()
+    _require(fits, f"timesteps must be {num_steps} decreasing integers between {n - 1} and 1, not {timesteps.tolist()}")
+    ab, ab_prev = bars[times], bars[torch.cat([times[1:], times.new_zeros(1)])]
     sigma = eta * ((1 - ab_prev) / (1 - ab) * (1 - ab / ab_prev)).sqrt()
     dtype = torch.promote_types(alpha_bars.dtype, torch.float32)
     return Schedule(times, ab.to(dtype), ab_prev.to(dtype), sigma.to(dtype))
@@ -105,11 +95,11 @@ def policy_mean(denoiser: Denoiser, schedule: Schedule, i: int, x: Tensor, cond:
         mu = sqrt(ab_prev) (x - sqrt(1 - ab) eps) / sqrt(ab)  +  sqrt(1 - ab_prev - sigma^2) eps
 
     With eta = 1 this is Alg. 1 line 28, (x - (1 - alpha_t) / sqrt(1 - ab) eps) / sqrt(alpha_t), alpha_t = ab / ab_prev.
-    x (B, *D): the state; cond: None or (B, ...), for the denoiser. Returns (B, *D), float32 or wider.
-    Raises ValueError if the denoiser's output has another shape than x.   Paper: Eq. 2.
+    x (B, *D): state; cond: None or (B, ...). Returns (B, *D), float32 or wider. Raises ValueError if the denoiser's
+    output has another shape than x.   Paper: Eq. 2.
     """
-    ab, ab_prev, sigma = schedule.alpha_bar[i], schedule.alpha_bar_prev[i], schedule.sigma[i]
-    eps = denoiser(x, schedule.timesteps[i].to(x.device).expand(len(x)), cond)
+    time, ab, ab_prev, sigma = (values[i] for values in schedule)
+    eps = denoiser(x, time.to(x.device).expand(len(x)), cond)
     _require(eps.shape == x.shape, f"the denoiser gave {tuple(eps.shape)} for x of shape {tuple(x.shape)}")
     x, eps = _at_least_float32(x), _at_least_float32(eps)
     x_0 = (x - (1 - ab).sqrt() * eps) / ab.sqrt()
@@ -135,13 +125,11 @@ def log_prob(action: Tensor, mean: Tensor, sigma: Tensor | float) -> Tensor:
 @torch.no_grad()
 def rollout(denoiser: Denoiser, schedule: Schedule, x_T: Tensor, cond: Any = None,
             generator: torch.Generator | None = None) -> Trajectory:
-    """Sample chains with the policy; keep every state and the log-prob of every action.
+    """Sample chains, x[i + 1] = mu(x[i]) + sigma_i z with z ~ N(0, I); keep all states and each action's log-prob.
 
-        x[i + 1] = mu(x[i]) + sigma_i z,    z ~ N(0, I)
-
-    x_T (B, *D): initial noise. Chain k of group n is row n K + k, and a group shares its noise and its prompt:
-    x_T.repeat_interleave(K, 0). cond: None or a tensor (B, ...). generator: one on the CPU gives every device the same
-    numbers. Raises ValueError for a step with sigma = 0.   Paper: Alg. 1 lines 4-11.
+    x_T (B, *D): initial noise; chain k of group n is row n K + k, so a group shares it by x_T.repeat_interleave(K, 0).
+    cond: None or a tensor (B, ...). generator: one on the CPU gives every device the same numbers.
+    Raises ValueError for a step with sigma = 0.   Paper: Alg. 1 lines 4-11.
     """
     _check_density(schedule)
     x, log_probs = [_at_least_float32(x_T)], []
@@ -158,22 +146,21 @@ def rollout(denoiser: Denoiser, schedule: Schedule, x_T: Tensor, cond: Any = Non
 def trajectory_log_prob(denoiser: Denoiser, schedule: Schedule, trajectory: Trajectory, cond: Any = None) -> Tensor:
     """Log-probs (T, B), in nats and without gradient, that a denoiser gives to the actions of stored chains.
 
-    With the reference as denoiser: log pi_ref, wanted once for each chain, before training.   Paper: Alg. 1 line 31.
-    Raises ValueError where schedule, trajectory and cond do not fit together.
+    With the reference as denoiser: log pi_ref, wanted once for each chain, before training. Raises ValueError where
+    schedule, trajectory and cond do not fit together.   Paper: Alg. 1 line 31.
     """
     _check_trajectory(schedule, trajectory, cond)
-    every, steps = slice(None), range(len(schedule.sigma))
+    steps, every = range(len(schedule.sigma)), slice(None)
     return torch.stack([_step_log_prob(denoiser, schedule, i, trajectory, every, cond) for i in steps])
 
 
 # Preferences: which chain of a group is better (Eq. 3, Alg. 1 lines 12-22, Sec. 5.2)
 
-
 def preference(score_a: Tensor, score_b: Tensor, margin: float = 0.0) -> Tensor:
     """Label pairs by their scores: h = +1 where a is better by more than margin, -1 where b is, 0 for a tie.
 
-    score_a, score_b (B,): higher is better; margin >= 0, in their unit. Returns h (B,), int64.
-    Raises ValueError for unequal shapes, NaN scores or a negative margin.   Paper: Alg. 1 lines 15-21, Sec. 5.1.
+    score_a, score_b (B,): higher is better; margin >= 0, in their unit. Returns h (B,), int64. Raises ValueError for
+    unequal shapes, NaN scores or a negative margin.   Paper: Alg. 1 lines 15-21, Sec. 5.1.
     """
     _check_scores(score_a, score_b)
     _require(margin >= 0, f"margin = {margin}: choose 0 or more")
@@ -183,7 +170,7 @@ def preference(score_a: Tensor, score_b: Tensor, margin: float = 0.0) -> Tensor:
 def bradley_terry(score_a: Tensor, score_b: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """Draw labels from the Bradley-Terry model: h = +1 with probability logistic(score_a - score_b), else -1.
 
-    score_a, score_b (B,): total rewards. Returns h (B,), int64. Raises ValueError as `preference`.   Paper: Eq. 3.
+    score_a, score_b (B,): rewards. Returns h (B,), int64. Raises ValueError as `preference`.   Paper: Eq. 3.
     """
     _check_scores(score_a, score_b)
     p_a = torch.sigmoid(_at_least_float32(score_a) - _at_least_float32(score_b))
@@ -204,8 +191,8 @@ def pairs_from_feedback(h: Tensor) -> Tensor:
 def pairs_from_scores(scores: Tensor) -> Tensor:
     """Rows (winner, loser) (P, 2) of all pairs inside each group of K chains whose scores differ.
 
-    scores (N, K): that of chain k of group n, which is row n K + k of the batch. Ties give no row.
-    Raises ValueError for another number of dimensions or NaN scores.
+    scores (N, K): chain k of group n is row n K + k of the batch. Ties give no row. Raises ValueError for another
+    number of dimensions or NaN scores.
     """
     _require(scores.ndim == 2, f"scores has shape {tuple(scores.shape)}: give (N, K), one row for each group")
     _check_scores(scores)
@@ -223,7 +210,6 @@ def pairs_from_tags(bad: Tensor) -> Tensor:
 
 
 # Losses (Eqs. 5, 12 and 14; Alg. 1 lines 23-36)
-
 
 def d3po_loss(log_ratio_w: Tensor, log_ratio_l: Tensor, beta: float) -> Tensor:
     """Eq. 14 for given log-ratios: how badly a step ranks winner and loser; log 2 = 0.693 where theta = ref.
@@ -248,8 +234,7 @@ def d3po_losses(policy: Denoiser, schedule: Schedule, trajectory: Trajectory, pa
             optimizer.zero_grad(); loss.backward(); optimizer.step()
 
     Each loss is computed when it is asked for: memory holds the graph of one step, whatever T is. A step calls the
-    policy once, on the chains that are in some pair. Without pairs no loss is yielded.
-
+    policy once, on the chains that are in some pair; without pairs no loss is yielded.
     trajectory: B chains from `rollout`. pairs (P, 2): rows (winner, loser) of chain indices. beta > 0: strength of the
     KL, per nat. ref_log_prob (T, B): trajectory.log_prob where the reference sampled the chains, else
     `trajectory_log_prob`. cond: None or a tensor (B, ...). steps: the actions to train on, in this order; by default
@@ -276,9 +261,8 @@ def chain_dpo_losses(policy: Denoiser, schedule: Schedule, trajectory: Trajector
     A pass without gradient finds Delta; then each step is differentiated alone, with the factor before the sum as a
     constant: the memory of one step, as for Eq. 14. The weights must stay as they are until all pieces are done:
 
-        optimizer.zero_grad()
         for loss in chain_dpo_losses(policy, schedule, trajectory, pairs, beta, ref_log_prob, cond): loss.backward()
-        optimizer.step()
+        optimizer.step(); optimizer.zero_grad()
 
     Arguments and errors as in `d3po_losses`; steps restricts the sum to these actions.   Paper: Eq. 5.
     """
@@ -295,7 +279,7 @@ def chain_dpo_losses(policy: Denoiser, schedule: Schedule, trajectory: Trajector
 
     def piece(i):
         linear = (weight * difference(i)).mean()
-        return linear + (share - linear).detach()  # the value of an equal share of L, the gradient of step i
+        return linear + (share - linear).detach()  # an equal share of L, with the gradient of step i
 
     return map(piece, steps)
 
@@ -303,15 +287,14 @@ def chain_dpo_losses(policy: Denoiser, schedule: Schedule, trajectory: Trajector
 def clip_log_ratio(log_ratio: Tensor, eps: float) -> Tensor:
     """Clamp the ratio pi_theta / pi_ref to [1 - eps, 1 + eps]: not in the paper, eps = 0.1 in the released code.
 
-    Beyond the clamp the gradient is exactly zero, so a winner that fell below 1 - eps cannot recover.
-    log_ratio: nats, any shape. Raises ValueError for eps outside (0, 1).
+    Beyond the clamp the gradient is zero, so a winner that fell below 1 - eps cannot recover. log_ratio: nats, any
+    shape. Raises ValueError for eps outside (0, 1).
     """
     _require(0 < eps < 1, f"eps = {eps}: choose 0 < eps < 1")
     return log_ratio.clamp(math.log(1 - eps), math.log(1 + eps))
 
 
 # Helpers
-
 
 def _at_least_float32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
@@ -335,7 +318,7 @@ def _prepare(schedule, trajectory, pairs, beta, ref_log_prob, cond, steps):
     steps = torch.randperm(T).tolist() if steps is None else list(steps)
     _require(all(0 <= i < T for i in steps), f"steps must lie in 0 ... {T - 1}, not {steps}")
     chains, places = pairs.to(trajectory.x.device).unique(return_inverse=True)
-    return chains, places[:, 0], places[:, 1], steps if len(pairs) else []
+    return chains, *places.T, steps if len(pairs) else []
 
 
 def _require(condition, message: str) -> None:

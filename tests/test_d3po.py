@@ -677,7 +677,7 @@ class SavedBytes:
 
     class Held:
         def __init__(self, owner, tensor):
-            self.owner, self.tensor = owner, tensor
+            self.owner, self.tensor = owner, tensor.detach()  # a node that saves its output would keep itself alive
             owner.live += tensor.nbytes
             owner.peak = max(owner.peak, owner.live)
 
@@ -717,6 +717,16 @@ def test_autograd_keeps_the_same_bytes_for_10_steps_as_for_80(loop):
     assert 0 < peak_of(80, loop) == peak_of(10, loop)
 
 
+@BOTH
+def test_a_loss_that_is_dropped_takes_its_whole_graph_with_it(losses):
+    w, saved = world(), SavedBytes()
+    with saved.watch():
+        for loss in losses(**w.args):
+            assert saved.live > 0
+            del loss
+            assert saved.live == 0
+
+
 def test_plain_autograd_through_the_chain_keeps_bytes_in_proportion_to_its_length():
     assert peak_of(80, lambda w: eq_5(w).backward()) > 7 * peak_of(10, lambda w: eq_5(w).backward())
 
@@ -743,9 +753,11 @@ def test_a_half_denoiser_and_half_states_give_a_float32_mean():
 
 def test_rollout_from_half_noise_keeps_states_and_log_probs_in_float32():
     x_T, schedule = randn(4, 3).half(), make_schedule(BARS.float(), 5)
-    trajectory = rollout(lambda x, *_: x.half(), schedule, x_T, generator=seeded(0))
+    denoiser = Counting(lambda x, *_: x.half())
+    trajectory = rollout(denoiser, schedule, x_T, generator=seeded(0))
     assert trajectory.x.dtype == trajectory.log_prob.dtype == torch.float32
     assert torch.equal(trajectory.x[0], x_T.float())
+    assert all(x.dtype == torch.float32 for x, _, _ in denoiser.calls)  # as when the log-probs are computed again
 
 
 @BOTH

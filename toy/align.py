@@ -45,15 +45,16 @@ class Epoch(NamedTuple):
     margin: float  # mean of log(pi / pi_ref)(winner) - log(pi / pi_ref)(loser) over whole chains, nats
 
 
-def align(policy: nn.Module, reference: d3po.Denoiser, schedule: d3po.Schedule, score: Callable[[Tensor], Tensor],
-          label: Callable[[Tensor, Tensor], Tensor], losses: Losses, each_step: bool, lr: float, epochs: int, pairs: int,
-          updates: int = 1, batch: int | None = None) -> Iterator[Epoch]:
+def align(policy: nn.Module, reference: d3po.Denoiser | None, schedule: d3po.Schedule,
+          score: Callable[[Tensor], Tensor], label: Callable[[Tensor, Tensor], Tensor], losses: Losses, each_step: bool,
+          lr: float, epochs: int, pairs: int, updates: int = 1, batch: int | None = None) -> Iterator[Epoch]:
     """Train a policy from labelled pairs of its own chains; yield after each epoch. Line numbers are those of Alg. 1.
 
-    score (B, 2) -> (B,), label (score_a, score_b) -> h. losses: the method, as an iterator of losses over the steps.
-    each_step: update the weights at every loss (line 33), or once after the last. lr: Adam's step size at the start; it
-    falls to 0 as a cosine. pairs: comparisons an epoch. An epoch trains `updates` times; the first time on the new pairs
-    (Alg. 1 does no more), then on `batch` pairs drawn from all epochs so far. Uses torch's global generator.
+    reference: None for the policy that sampled, a reference that moves. score (B, 2) -> (B,), label (score_a, score_b)
+    -> h. losses: the method, as an iterator of losses over the steps. each_step: update the weights at every loss (line
+    33), or once after the last. lr: Adam's step size at the start; it falls to 0 as a cosine. pairs: comparisons an
+    epoch. An epoch trains `updates` times: on the new pairs first (Alg. 1 does no more), then on `batch` pairs drawn
+    from all epochs so far. Uses torch's global generator.
     Raises FloatingPointError at the first score, loss or weight that is not finite.
     """
     weights = [p for p in policy.parameters() if p.requires_grad]
@@ -72,7 +73,9 @@ def align(policy: nn.Module, reference: d3po.Denoiser, schedule: d3po.Schedule, 
         scores = score(chains.x[-1]).view(pairs, 2)
         _finite(scores, f"epoch {epoch}: a sample's score")
         h = label(*scores.unbind(1))  # lines 12-22
-        new = Comparisons(chains, scores, h, d3po.trajectory_log_prob(reference, schedule, chains))  # line 31
+        moving = reference is None
+        ref_log_prob = chains.log_prob if moving else d3po.trajectory_log_prob(reference, schedule, chains)  # line 31
+        new = Comparisons(chains, scores, h, ref_log_prob)
         memory = new if memory is None or updates == 1 else memory.join(new)
 
         total, number = 0.0, 0

@@ -14,8 +14,8 @@ class MLP(nn.Module):
     """Noise prediction eps(x, time) for points x (B, 2) of the plane, by an MLP with three hidden layers.
 
     The MLP predicts what the best *linear* prediction leaves over, with inputs and outputs scaled to unit variance (the
-    preconditioning of EDM, arXiv 2206.00364, Sec. 5): with ab = alpha-bar and data of variance s^2 per coordinate, x has
-    variance v = ab s^2 + 1 - ab, and  eps = sqrt(1 - ab) x / v + sqrt(ab s^2 / v) mlp(x / sqrt(v), time).
+    preconditioning of EDM, arXiv 2206.00364, Sec. 5): with ab = alpha-bar and data of variance s^2 per coordinate, x
+    has variance v = ab s^2 + 1 - ab, and  eps = sqrt(1 - ab) x / v + sqrt(ab s^2 / v) mlp(x / sqrt(v), time).
     It sees x / sqrt(v) also through sines, which makes the sharp borders between modes cheap to fit.
     """
 

@@ -35,21 +35,19 @@ def chain_kl(policy: d3po.Denoiser, reference: d3po.Denoiser, schedule: d3po.Sch
     return torch.stack(per_step).sum(0)
 
 
-def measure(policy: d3po.Denoiser, reference: d3po.Denoiser, schedule: d3po.Schedule, mixture: Mixture,
-            score: Callable[[Tensor], Tensor], beta: float, chains: int, seed: int) -> tuple[Measured, Tensor, Tensor]:
-    """Sample chains of the policy and of the reference with the same noise; compare them.
+def sample(denoiser: d3po.Denoiser, schedule: d3po.Schedule, chains: int, seed: int) -> Tensor:
+    """Chains x (T+1, chains, 2) whose x_T and noises depend on the seed alone: equal for every denoiser."""
+    generator = torch.Generator().manual_seed(seed)
+    return d3po.rollout(denoiser, schedule, torch.randn(chains, 2, generator=generator), generator=generator).x
 
-    Returns the averages and the chains x (T+1, B, 2) of the policy and of the reference. Uses its own generator.
-    """
-    x_T = torch.randn(chains, 2, generator=torch.Generator().manual_seed(seed))
-    x, x_ref = (
-        d3po.rollout(denoiser, schedule, x_T, generator=torch.Generator().manual_seed(seed + 1)).x
-        for denoiser in (policy, reference)
-    )
+
+def measure(x: Tensor, x_ref: Tensor, policy: d3po.Denoiser, reference: d3po.Denoiser, schedule: d3po.Schedule,
+            mixture: Mixture, score: Callable[[Tensor], Tensor], beta: float) -> Measured:
+    """Compare chains x of a policy with chains x_ref of the reference, both (T+1, B, 2) from `sample` with one seed."""
     r, r_ref = score(x[-1]), score(x_ref[-1])
     kl = chain_kl(policy, reference, schedule, x)
     j = r - beta * kl
     win = (r > r_ref).float() + (r == r_ref).float() / 2
-    near = on_data(mixture, x[-1]).float()
     averages = (a.mean().item() for a in (r, kl, j))
-    return Measured(*averages, j.std().item() / chains**0.5, win.mean().item(), near.mean().item()), x, x_ref
+    near = on_data(mixture, x[-1]).float().mean().item()
+    return Measured(*averages, j.std().item() / len(j) ** 0.5, win.mean().item(), near)

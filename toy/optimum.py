@@ -162,7 +162,7 @@ def _best_mean(table: Tensor, axis: Tensor, mean: Tensor, reach: float, steps: i
     bend = [torch.gradient(s, spacing=h, dim=(0, 1)) for s in slope]
     tables = torch.stack([table, *slope, bend[0][0], bend[0][1], bend[1][1]])
 
-    a = mean + _coarse_shift(table, axis, mean, reach)
+    a = mean + _first_shift(table, axis, mean, reach)
     best, value = a, mean.new_full((len(mean),), -torch.inf)
     for _ in range(steps):
         s, sx, sy, sxx, sxy, syy = interpolate(tables, axis, a)
@@ -177,16 +177,18 @@ def _best_mean(table: Tensor, axis: Tensor, mean: Tensor, reach: float, steps: i
     return best, value
 
 
-def _coarse_shift(table: Tensor, axis: Tensor, mean: Tensor, reach: float, stride: int = 2) -> Tensor:
-    """a - m (N, 2) for the best a of a coarse grid, for the point of that grid nearest to m: max-plus, axis by axis."""
+def _first_shift(table: Tensor, axis: Tensor, mean: Tensor, reach: float, stride: int = 2) -> Tensor:
+    """a - m (N, 2) near the global maximum: solve for every m of a coarse grid, try the results of the 4 around each m."""
     line = axis[::stride]
     cost = (line[:, None] - line).square() / (2 * reach)
     along_y, ay = (table[::stride, ::stride][:, None, :] - cost).max(2)  # (x of a, y of m): best y of a
     ax = (along_y[None] - cost[:, :, None]).argmax(1)  # (x of m, y of m): best x of a
-    near = ((mean - line[0]) / (line[1] - line[0])).round().long().clamp(0, len(line) - 1)
-    x = ax[near[:, 0], near[:, 1]]
-    y = ay[x, near[:, 1]]
-    return torch.stack([line[x], line[y]], 1) - line[near]
+    low = ((mean - line[0]) / (line[1] - line[0])).floor().long()
+    corner = (low + torch.cartesian_prod(torch.arange(2), torch.arange(2))[:, None]).clamp(0, len(line) - 1)
+    x = ax[corner[..., 0], corner[..., 1]]
+    shift = torch.stack([line[x], line[ay[x, corner[..., 1]]]], -1) - line[corner]  # (4, N, 2)
+    value = interpolate(table[None], axis, (mean + shift).flatten(0, 1)).view(4, -1) - shift.square().sum(2) / (2 * reach)
+    return shift[value.argmax(0), torch.arange(len(mean))]
 
 
 def _smoother(axis: Tensor, at: Tensor, sigma: float, linear: bool = False, nodes: int = 32) -> Tensor:

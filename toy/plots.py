@@ -27,20 +27,20 @@ def draw_run(run: Path) -> Path:
         clouds = {name: samples[name] for name in samples.files}
 
     figure, axes = plt.subplots(2, 4, figsize=(16, 8.2), layout="constrained")
-    panels = (("data", "data"), ("before", "before: the reference"), ("after", "after alignment"), ("optimum", "exact optimum"))
-    for axis, (name, title) in zip(axes[0], panels, strict=True):
+    titles = {"data": "data", "before": "before: the reference", "after": "after alignment", "optimum": "exact optimum"}
+    for axis, (name, title) in zip(axes[0], titles.items(), strict=True):
         contours = _plane(axis, config["preference"])
-        axis.plot(*clouds[name].T, ".", color="black", markersize=2, alpha=0.35)
+        points = clouds[name] if name == "data" else clouds[name][-1]
+        axis.plot(*points.T, ".", color="black", markersize=2, alpha=0.35)
         axis.set_title(title)
     figure.colorbar(contours, ax=axes[0], label=f"score: {config['preference']}", shrink=0.8, pad=0.01)
 
     _plane(axes[1, 0], config["preference"])
-    for name, style, colour in (("chains_before", "--", "black"), ("chains_after", "-", "tab:red")):
-        for k in range(clouds[name].shape[1]):
-            label = {"chains_before": "reference", "chains_after": "aligned"}[name] if k == 0 else None
-            axes[1, 0].plot(*clouds[name][:, k].T, style, color=colour, linewidth=1, label=label)
-            axes[1, 0].plot(*clouds[name][-1, k], "o", color=colour, markersize=4)
-    axes[1, 0].plot(*clouds["chains_before"][0].T, "k+", label="$x_T$")
+    for name, style, label in (("before", "k--", "reference"), ("after", "r-", "aligned")):
+        for k, chain in enumerate(clouds[name][:, :4].swapaxes(0, 1)):
+            axes[1, 0].plot(*chain.T, style, linewidth=1, label=label if k == 0 else None)
+            axes[1, 0].plot(*chain[-1], style[0] + "o", markersize=5)
+    axes[1, 0].plot(*clouds["before"][0, :4].T, "k+", markersize=9, label="$x_T$")
     axes[1, 0].legend(loc="lower left", fontsize=8)
     axes[1, 0].set_title(f"chains $x_T \\ldots x_0$ from the same noise (T = {config['num_steps']})")
 
@@ -48,14 +48,14 @@ def draw_run(run: Path) -> Path:
     score, kl = axes[1, 1], axes[1, 1].twinx()
     lines = score.plot(labels, [row["score"] for row in rows], "k-", label="mean score (left)")
     lines += kl.plot(labels, [row["kl"] for row in rows], "r--", label="KL to the reference (right)")
-    lines += [score.axhline(config["optimum"]["score_star"], color="black", linestyle=":", label="score of the exact optimum")]
+    lines += [score.axhline(config["optimum"]["score_star"], color="k", linestyle=":", label="score, exact optimum")]
     score.set(xlabel="labels used", ylabel="mean score", title="score and KL")
     kl.set_ylabel("KL (nats)")
     score.legend(handles=lines, fontsize=8, loc="lower right")
 
-    accuracy, win = axes[1, 2], [row["win_rate"] for row in rows]
-    accuracy.plot(labels, [row["accuracy"] for row in rows], "k-", label="fresh pairs that the policy ranks as labelled")
-    accuracy.plot(labels, win, "b-.", label="win rate against the reference")
+    accuracy = axes[1, 2]
+    accuracy.plot(labels, [row["accuracy"] for row in rows], "k-", label="new pairs that the policy ranks as labelled")
+    accuracy.plot(labels, [row["win_rate"] for row in rows], "b-.", label="win rate against the reference")
     accuracy.axhline(0.5, color="grey", linestyle=":")
     accuracy.set(xlabel="labels used", ylabel="share", ylim=(0.4, 1.02), title="preference accuracy")
     accuracy.legend(fontsize=8, loc="lower right")

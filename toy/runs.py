@@ -25,9 +25,9 @@ class Parser(argparse.ArgumentParser):
 
 
 def open_run(parser: Parser, settings: dict) -> dict:
-    """Make the folder settings["out"], with empty metrics.jsonl and labels.jsonl; return the content of its config.json.
+    """Make the folder settings["out"], with empty metrics.jsonl and labels.jsonl; return what its config.json holds.
 
-    A run that is already there is kept, as NAME.1, NAME.2, ... The content is the settings, versions and git revision.
+    These are the settings, versions and git revision. A run that is already there is kept, as NAME.1, NAME.2, ...
     """
     out = settings["out"]
     try:

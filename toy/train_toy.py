@@ -25,8 +25,8 @@ import d3po
 from toy import optimum, plots, runs
 from toy.align import Comparisons, align
 from toy.ddpm import Adapter, pretrain
-from toy.measure import measure
-from toy.worlds import ALPHA_BARS, MIXTURES, SCORES, exact_denoiser, on_data, sample_data
+from toy.measure import Measured, measure, sample
+from toy.worlds import ALPHA_BARS, MIXTURES, SCORES, exact_denoiser, sample_data
 
 LOSSES = {  # name: (function of d3po.py, update at every step?)
     "eq14": (d3po.d3po_losses, True),
@@ -42,14 +42,14 @@ def parse(argv: list[str] | None) -> tuple[runs.Parser, Namespace, d3po.Schedule
     world = parser.add_argument_group("the world")
     world.add_argument("--mixture", choices=MIXTURES, default="ring", help="the data")
     world.add_argument("--preference", choices=SCORES, default="reach", help="the score by which points are compared")
-    world.add_argument("--labels", choices=LABELS, default="bradley-terry", help="drawn from Eq. 3, or the better one wins")
-    world.add_argument("--reference", choices=["learned", "exact"], default="learned", help="a DDPM trained here, or a formula")
+    world.add_argument("--labels", choices=LABELS, default="bradley-terry", help="drawn from Eq. 3, or the better wins")
+    world.add_argument("--reference", choices=["learned", "exact"], default="learned", help="a DDPM, or the formula")
     world.add_argument("--num-steps", type=int, default=20, help="T, denoising steps")
     world.add_argument("--eta", type=float, default=1.0, help="DDIM's noise scale, above 0 and at most 1")
     method = parser.add_argument_group("the method")
     method.add_argument("--loss", choices=LOSSES, default="eq14", help="Eq. 14, Eq. 12, or Eq. 5 on the whole chain")
     method.add_argument("--beta", type=float, default=0.3, help="strength of the KL: score per nat")
-    method.add_argument("--lr", type=float, default=1e-3, help="Adam's step size at the start; it falls to 0 as a cosine")
+    method.add_argument("--lr", type=float, default=1e-3, help="Adam's first step size; it falls to 0 as a cosine")
     method.add_argument("--epochs", type=int, default=200, help="times that pairs are sampled, labelled and trained on")
     method.add_argument("--pairs", type=int, default=256, help="pairs of chains, so labels, an epoch")
     parser.add_argument("--seed", type=int, default=0, help="of everything; the same seed gives the same metrics.jsonl")
@@ -75,8 +75,8 @@ def main(argv: list[str] | None = None) -> None:
     config, out = runs.open_run(parser, vars(args)), args.out
     mixture, score, label = MIXTURES[args.mixture], SCORES[args.preference], LABELS[args.labels]
     print(
-        f"D3PO on the plane. Data: {args.mixture}; preference: {args.preference}, {args.pairs} {args.labels} labels an epoch;\n"
-        f"loss {args.loss}, beta {args.beta:g}, T = {args.num_steps}, seed {args.seed}. Everything is kept in {out}."
+        f"D3PO on the plane. Data: {args.mixture}; preference: {args.preference}, {args.pairs} {args.labels} labels an "
+        f"epoch.\nLoss {args.loss}, beta {args.beta:g}, T = {args.num_steps}, seed {args.seed}. The run folder is {out}."
     )
 
     reference = exact_denoiser(mixture) if args.reference == "exact" else pretrain(mixture).requires_grad_(False)
@@ -91,14 +91,15 @@ def main(argv: list[str] | None = None) -> None:
         pairs = d3po.pairs_from_feedback(seen.h)
         return step_losses(policy, schedule, seen.chains, pairs, args.beta, seen.ref_log_prob)
 
-    def measured(chains: int, seed: int):
-        return measure(policy, reference, schedule, mixture, score, args.beta, chains, seed)
+    def measured(x, x_ref):
+        return measure(x, x_ref, policy, reference, schedule, mixture, score, args.beta)
 
+    x_ref = sample(reference, schedule, 256, seed=1)
     training = align(policy, reference, schedule, score, label, losses, each_step, args.lr, args.epochs, args.pairs)
     bar = tqdm(training, "align", args.epochs, unit=" epochs", mininterval=0.5)
     try:
         for epoch, done in enumerate(bar, 1):
-            now, _, _ = measured(512, seed=1)
+            now = measured(sample(policy, schedule, 256, seed=1), x_ref)
             row = {
                 "epoch": epoch, "score": now.score, "kl": now.kl, "win_rate": now.win_rate, "on_data": now.on_data,
                 "attained_share": optimum.attained_share(now.j, best), "accuracy": done.accuracy,
@@ -111,31 +112,31 @@ def main(argv: list[str] | None = None) -> None:
     except FloatingPointError as error:
         bar.close()
         sys.exit(
-            f"{error}, so the run stops. Lower --lr (now {args.lr:g}), or raise --beta (now {args.beta:g}) or --pairs (now "
-            f"{args.pairs}). {out} holds the metrics so far and, once an epoch ended well, its weights: policy.pt."
+            f"{error}, so the run stops. Lower --lr (now {args.lr:g}), or raise --beta (now {args.beta:g}) or --pairs "
+            f"(now {args.pairs}). {out} holds the metrics so far and policy.pt, the weights of the last good epoch."
         )
 
-    x_T = torch.randn(SAMPLES, 2, generator=torch.Generator().manual_seed(2))
-    after, x, x_ref = measured(SAMPLES, seed=2)
-    before = measure(reference, reference, schedule, mixture, score, args.beta, SAMPLES, seed=2)[0]
-    chains = optimum.sample_optimum(reference, schedule, score, args.beta, best, x_T)
-    few = slice(0, 6)
-    np.savez(
-        out / "samples.npz",
-        data=sample_data(mixture, SAMPLES), before=x_ref[-1], after=x[-1], optimum=chains[-1],
-        chains_before=x_ref[:, few], chains_after=x[:, few],
-    )  # fmt: skip
-    win = (score(chains[-1]) > score(x_ref[-1])).float().mean().item()
-    print(f"""
-                                  before    after    best means   exact optimum
-mean score                      {before.score:8.3f} {after.score:8.3f} {best.score_gauss:13.3f} {best.score_star:15.3f}
-KL to the reference (nats)      {before.kl:8.3f} {after.kl:8.3f} {best.kl_gauss:13.3f} {best.kl_star:15.3f}
-J = score - beta KL             {before.j:8.3f} {after.j:8.3f} {best.j_gauss:13.3f} {best.j_star:15.3f}
-attained share                  {0:8.3f} {optimum.attained_share(after.j, best):8.3f} {1:13.3f} {optimum.attained_share(best.j_star, best):15.3f}
-win rate against the reference  {before.win_rate:8.1%} {after.win_rate:8.1%} {"":13} {win:15.1%}
-samples within 3 sd of a mode   {before.on_data:8.1%} {after.on_data:8.1%} {"":13} {on_data(mixture, chains[-1]).float().mean():15.1%}
+    x, x_ref = (sample(denoiser, schedule, SAMPLES, seed=2) for denoiser in (policy, reference))
+    x_best = optimum.sample_optimum(reference, schedule, score, args.beta, best, x_ref[0])
+    np.savez(out / "samples.npz", data=sample_data(mixture, SAMPLES), before=x_ref, after=x, optimum=x_best)
+    before = measure(x_ref, x_ref, reference, reference, schedule, mixture, score, args.beta)
+    print_table(measured(x, x_ref), before, best)
+    print(f"\n{done.labels:,} labels, {time.perf_counter() - start:.0f} s. Figure: {plots.draw_run(out)}")
 
-{done.labels:,} labels, {time.perf_counter() - start:.0f} s. Figure: {plots.draw_run(out)}""")
+
+def print_table(after: Measured, before: Measured, best: optimum.Optimum) -> None:
+    """The reference, the aligned policy, the best chain that a denoiser can make, and the best of all chains."""
+    share = partial(optimum.attained_share, optimum=best)
+    print(f"{'':32}{'before':>9}{'after':>9}{'best means':>13}{'exact optimum':>15}")
+    for name, *values in (
+        ("mean score", before.score, after.score, best.score_gauss, best.score_star),
+        ("KL to the reference (nats)", before.kl, after.kl, best.kl_gauss, best.kl_star),
+        ("J = mean score - beta KL", before.j, after.j, best.j_gauss, best.j_star),
+        ("attained share", share(before.j), share(after.j), share(best.j_gauss), share(best.j_star)),
+        ("win rate against before", before.win_rate, after.win_rate),
+        ("samples within 3 sd of a mode", before.on_data, after.on_data),
+    ):
+        print(f"{name:32}" + "".join(f"{v:{w}.3f}" for v, w in zip(values, (9, 9, 13, 15), strict=False)))
 
 
 def comparisons(epoch: int, new: Comparisons) -> list[dict]:

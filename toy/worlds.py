@@ -82,4 +82,4 @@ def avoid(x: Tensor) -> Tensor:
     return -5 * (1 - distance / 1.7).clamp(min=0)
 
 
-SCORES: dict[str, Callable[[Tensor], Tensor]] = {"reach": reach, "direction": direction, "avoid": avoid}  # (B, 2) -> (B,)
+SCORES: dict[str, Callable[[Tensor], Tensor]] = {"reach": reach, "direction": direction, "avoid": avoid}
