@@ -780,6 +780,12 @@ def test_loss_subtracts_half_log_ratios_in_float32():
     assert loss.item() == 6e4  # float16 holds 6e4 exactly, but not the difference 1.2e5
 
 
+def test_bradley_terry_draws_rare_upsets_of_half_scores_in_float32():
+    n, p = 1_000_000, 1 / (1 + math.exp(8))  # 1 - p is no float16: the nearest would make upsets half as frequent again
+    h = bradley_terry(torch.full((n,), 8.0).half(), torch.zeros(n).half(), seeded(0))
+    assert abs((h == -1).sum().item() - n * p) < 5 * math.sqrt(n * p)  # five standard deviations of a rare count
+
+
 # The clamp of the released code
 
 
