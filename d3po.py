@@ -81,7 +81,7 @@ def make_schedule(alpha_bars: Tensor, num_steps: int, eta: float = 1.0, timestep
     if timesteps is None:
         timesteps = torch.arange(num_steps - 1, -1, -1) * (n // num_steps) + 1
     times = timesteps.detach().cpu().long()
-    fits = times.shape == (num_steps,) and times.max() < n and times.min() >= 1 and (times.diff() < 0).all()
+    fits = times.shape == (num_steps,) and n > times.max() and times.min() >= 1 and (times.diff() < 0).all()
     _require(fits, f"timesteps must be {num_steps} decreasing integers between {n - 1} and 1, not {timesteps.tolist()}")
     ab, ab_prev = bars[times], bars[torch.cat([times[1:], times.new_zeros(1)])]
     sigma = eta * ((1 - ab_prev) / (1 - ab) * (1 - ab / ab_prev)).sqrt()
@@ -164,7 +164,8 @@ def preference(score_a: Tensor, score_b: Tensor, margin: float = 0.0) -> Tensor:
     """
     _check_scores(score_a, score_b)
     _require(margin >= 0, f"margin = {margin}: choose 0 or more")
-    return (score_a > score_b + margin).long() - (score_b > score_a + margin).long()
+    a, b = _at_least_float32(score_a), _at_least_float32(score_b)
+    return (a > b + margin).long() - (b > a + margin).long()
 
 
 def bradley_terry(score_a: Tensor, score_b: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -185,7 +186,7 @@ def pairs_from_feedback(h: Tensor) -> Tensor:
     """
     _require(h.ndim == 1, f"h has shape {tuple(h.shape)}: give (N,), one label for each pair of chains")
     _require(((h == 1) | (h == -1) | (h == 0)).all(), "a label h is +1 (first better), -1 (second better) or 0 (tie)")
-    return pairs_from_scores(torch.stack([h, -h], 1))
+    return pairs_from_scores(torch.stack([h.long(), -h.long()], 1))
 
 
 def pairs_from_scores(scores: Tensor) -> Tensor:
@@ -312,11 +313,11 @@ def _prepare(schedule, trajectory, pairs, beta, ref_log_prob, cond, steps):
     _check_trajectory(schedule, trajectory, cond)
     T, B = trajectory.log_prob.shape
     _require(ref_log_prob.shape == (T, B), f"ref_log_prob has shape {tuple(ref_log_prob.shape)}, not (T, B) = {(T, B)}")
-    rows = pairs.ndim == 2 and pairs.shape[1] == 2 and not pairs.is_floating_point()
+    rows = pairs.ndim == 2 and pairs.shape[1] == 2 and pairs.dtype in (torch.int32, torch.int64)
     _require(rows, f"pairs is {tuple(pairs.shape)} {pairs.dtype}: give (P, 2) integers, rows (winner, loser)")
     _require(((pairs >= 0) & (pairs < B)).all(), f"pairs names a chain outside 0 ... {B - 1}")
     steps = torch.randperm(T).tolist() if steps is None else list(steps)
-    _require(all(0 <= i < T for i in steps), f"steps must lie in 0 ... {T - 1}, not {steps}")
+    _require(all(i in range(T) for i in steps), f"steps must lie in 0 ... {T - 1}, not {steps}")
     chains, places = pairs.to(trajectory.x.device).unique(return_inverse=True)
     return chains, *places.T, steps if len(pairs) else []
 

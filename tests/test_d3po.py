@@ -188,7 +188,8 @@ def test_any_number_of_steps_makes_a_chain_of_noisy_steps_that_ends_at_the_first
 
 
 def test_a_schedule_takes_other_times_and_is_never_narrower_than_float32():
-    assert make_schedule(BARS, 3, timesteps=torch.tensor([999, 400, 7])).timesteps.tolist() == [999, 400, 7]
+    s = make_schedule(BARS, 3, timesteps=torch.tensor([999, 400, 7]))
+    assert s.timesteps.tolist() == [999, 400, 7] and torch.equal(s.alpha_bar_prev, BARS[[400, 7, 0]])
     for dtype, wide in [(torch.float16, torch.float32), (torch.float32, torch.float32), (torch.float64,) * 2]:
         s = make_schedule(torch.tensor([0.9, 0.5, 0.1], dtype=dtype), 2)
         assert s.sigma.dtype == s.alpha_bar.dtype == s.alpha_bar_prev.dtype == wide and s.timesteps.dtype == torch.int64
@@ -706,10 +707,10 @@ def documented_d3po_loop(w):
 
 def documented_chain_loop(w):
     optimizer = torch.optim.SGD(w.parameters, lr=1e-3)
-    optimizer.zero_grad()
     for loss in chain_dpo_losses(**w.args):
         loss.backward()
     optimizer.step()
+    optimizer.zero_grad()
 
 
 @pytest.mark.parametrize("loop", [documented_d3po_loop, documented_chain_loop])

@@ -178,17 +178,17 @@ def _best_mean(table: Tensor, axis: Tensor, mean: Tensor, reach: float, steps: i
 
 
 def _first_shift(table: Tensor, axis: Tensor, mean: Tensor, reach: float, stride: int = 2) -> Tensor:
-    """a - m (N, 2) near the global maximum: solve for every m of a coarse grid, try the results of the 4 around each m."""
+    """a - m (N, 2) for the best a of a coarse grid and the m of that grid nearest to each mean: axis by axis, max-plus.
+
+    Where two local maxima tie, the nearest m may choose the lower: on the ring this costs J_G at most 1.5e-4.
+    """
     line = axis[::stride]
     cost = (line[:, None] - line).square() / (2 * reach)
     along_y, ay = (table[::stride, ::stride][:, None, :] - cost).max(2)  # (x of a, y of m): best y of a
     ax = (along_y[None] - cost[:, :, None]).argmax(1)  # (x of m, y of m): best x of a
-    low = ((mean - line[0]) / (line[1] - line[0])).floor().long()
-    corner = (low + torch.cartesian_prod(torch.arange(2), torch.arange(2))[:, None]).clamp(0, len(line) - 1)
-    x = ax[corner[..., 0], corner[..., 1]]
-    shift = torch.stack([line[x], line[ay[x, corner[..., 1]]]], -1) - line[corner]  # (4, N, 2)
-    value = interpolate(table[None], axis, (mean + shift).flatten(0, 1)).view(4, -1) - shift.square().sum(2) / (2 * reach)
-    return shift[value.argmax(0), torch.arange(len(mean))]
+    x_m, y_m = ((mean - line[0]) / (line[1] - line[0])).round().long().clamp(0, len(line) - 1).T
+    x_a = ax[x_m, y_m]
+    return torch.stack([line[x_a] - line[x_m], line[ay[x_a, y_m]] - line[y_m]], 1)
 
 
 def _smoother(axis: Tensor, at: Tensor, sigma: float, linear: bool = False, nodes: int = 32) -> Tensor:
