@@ -19,7 +19,7 @@ class MLP(nn.Module):
     It sees x / sqrt(v) also through sines, which makes the sharp borders between modes cheap to fit.
     """
 
-    def __init__(self, data_variance: float, width: int = 128):
+    def __init__(self, data_variance: float, width: int = 128, frequencies: tuple[float, ...] = (1.5, 3.0, 4.5)):
         super().__init__()
         ab = ALPHA_BARS.double()
         v = ab * data_variance + 1 - ab
@@ -27,9 +27,9 @@ class MLP(nn.Module):
         angle = torch.log(ab / (1 - ab))[:, None] * (math.pi / 10) * torch.tensor([1, 2, 4, 8])
         self.register_buffer("scales", scales.float())  # (1000, 3), by model time
         self.register_buffer("embedding", torch.cat([angle.sin(), angle.cos()], 1).float())  # (1000, 8), of the log-SNR
-        self.register_buffer("frequencies", torch.tensor([1.5, 3.0, 4.5]))
+        self.register_buffer("frequencies", torch.tensor(frequencies))
         self.mlp = nn.Sequential(
-            nn.Linear(2 + 12 + 8, width), nn.SiLU(),
+            nn.Linear(2 + 4 * len(frequencies) + 8, width), nn.SiLU(),
             nn.Linear(width, width), nn.SiLU(),
             nn.Linear(width, width), nn.SiLU(),
             nn.Linear(width, 2),
@@ -77,12 +77,13 @@ class Adapter(nn.Module):
 
     Its unit of output moves the mean of an action by that action's sigma: eps_ref + (sigma_i / c_i) mlp, where c_i is
     d mu / d eps of step i. A nudge then changes log-probs alike at every step. (Fine-tuning the reference's own weights
-    does not: of 20 steps the last but one has c / sigma = 12, the others about 1, and it blows up first.)
+    does not: of 20 steps the last but one has c / sigma = 12, the others about 1, and it blows up first.) The MLP is
+    smaller and smoother than the reference's, so that few labels determine it.
     """
 
     def __init__(self, reference: Denoiser, schedule: Schedule, mixture: Mixture):
         super().__init__()
-        self.reference, self.correction = reference, MLP(data_variance(mixture))
+        self.reference, self.correction = reference, MLP(data_variance(mixture), width=64, frequencies=(1.5,))
         nn.init.zeros_(self.correction.mlp[-1].weight)
         nn.init.zeros_(self.correction.mlp[-1].bias)
         self.correction.scales[:, 0] = 0  # the linear part, which the reference has already

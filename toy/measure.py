@@ -21,18 +21,20 @@ class Measured(NamedTuple):
     on_data: float  # share of final points within 3 sd of a mode
 
 
+def step_kl(policy: d3po.Denoiser, reference: d3po.Denoiser, schedule: d3po.Schedule, i: int, x: Tensor) -> Tensor:
+    """KL of one step's Gaussian to the reference's in states x (B, 2), |mu - mu_ref|^2 / (2 sigma_i^2): (B,), nats."""
+    with torch.no_grad():
+        mean_ref = d3po.policy_mean(reference, schedule, i, x)
+    return (d3po.policy_mean(policy, schedule, i, x) - mean_ref).square().sum(1) / (2 * schedule.sigma[i] ** 2)
+
+
 @torch.no_grad()
 def chain_kl(policy: d3po.Denoiser, reference: d3po.Denoiser, schedule: d3po.Schedule, x: Tensor) -> Tensor:
     """KL of a chain of the policy to the reference chain, given its states: sum_i |mu - mu_ref|^2 / (2 sigma_i^2).
 
     x (T+1, B, 2): chains sampled from the policy. Returns (B,), nats; its mean is an unbiased estimate of the KL.
     """
-    per_step = [
-        (d3po.policy_mean(policy, schedule, i, x[i]) - d3po.policy_mean(reference, schedule, i, x[i])).square().sum(1)
-        / (2 * sigma**2)
-        for i, sigma in enumerate(schedule.sigma)
-    ]
-    return torch.stack(per_step).sum(0)
+    return sum(step_kl(policy, reference, schedule, i, x[i]) for i in range(len(schedule.sigma)))
 
 
 def sample(denoiser: d3po.Denoiser, schedule: d3po.Schedule, chains: int, seed: int) -> Tensor:

@@ -76,6 +76,63 @@ def draw_run(run: Path) -> Path:
     return path
 
 
+def draw_comparison(result: dict, points: dict[str, list], out: Path) -> list[Path]:
+    """Draw what toy/compare.py found: score against labels, score against KL, and samples; return the paths."""
+    styles = [(line, colour) for line in ("-", "--", ":") for colour in plt.get_cmap("tab10").colors[:5]]
+    style = dict(zip(result["methods"], styles, strict=False))
+    optimum = next(row for row in result["frontier"] if row["beta"] == result["settings"]["beta"])
+    seeds = f"{len(result['seeds'])} seeds"
+
+    figure, axes = plt.subplots(1, 2, figsize=(13, 5), layout="constrained", sharey=True)
+    for axis, labels_only in zip(axes, (True, False), strict=True):
+        for name, method in result["methods"].items():
+            if method["labels_only"] == labels_only and method["curve"]:
+                samples = [2 * point["labels"]["mean"] for point in method["curve"]]
+                mean, sd = (np.array([point["score"][k] for point in method["curve"]]) for k in ("mean", "sd"))
+                line, colour = style[name]
+                axis.plot(samples, mean, line, color=colour, label=name)
+                axis.fill_between(samples, mean - sd, mean + sd, color=colour, alpha=0.15, linewidth=0)
+        axis.axhline(optimum["j_ref"], color="grey", linestyle=":", label="reference")
+        axis.axhline(optimum["score_star"], color="black", linestyle=":", label="exact optimum")
+        axis.set(xlabel="sampled chains", title="knows labels" if labels_only else "knows scores")
+        axis.legend(fontsize=8)
+    axes[0].set_ylabel(f"mean score (mean ± sd, {seeds})")
+    figure.suptitle(f"Score against samples (the paper's Fig. 3) at each method's best J, beta = {optimum['beta']:g}")
+
+    frontier, axis = plt.subplots(figsize=(8.5, 6), layout="constrained")
+    for kind, line in (("star", "k-"), ("gauss", "k--")):
+        label = {"star": "exact frontier, all chains", "gauss": "best chains of Gaussian steps"}[kind]
+        xs, ys = ([row[f"{what}_{kind}"] for row in result["frontier"]] for what in ("kl", "score"))
+        axis.plot(xs, ys, line, label=label)
+    for row in result["frontier"]:
+        axis.annotate(f"{row['beta']:g}", (row["kl_star"], row["score_star"]), fontsize=7, ha="right", va="bottom")
+    for name, method in result["methods"].items():
+        tried = [row for row in method["sweep"] if row["lr"] == method["lr"] and not row["failed"] and row["kl"] < 8]
+        line, colour = style[name]
+        xs, ys = ([row[key] for row in tried] for key in ("kl", "score"))
+        axis.plot(xs, ys, line, marker="o", color=colour, label=name)
+    axis.set(xlabel="KL to the reference chain (nats)", ylabel="mean score", xlim=(-0.1, 5), title="What the score costs")
+    axis.legend(fontsize=7, title="one point for each strength of the sweep; numbers: beta", title_fontsize=7)
+
+    columns = 5
+    clouds, panels = plt.subplots(math.ceil(len(points) / columns), columns, figsize=(15, 9.3), layout="constrained")
+    for axis in panels.flat:
+        axis.set_axis_off()
+    for axis, (name, cloud) in zip(panels.flat, points.items(), strict=False):
+        axis.set_axis_on()
+        _plane(axis, result["settings"]["preference"])
+        axis.plot(*np.array(cloud).reshape(-1, 2).T, ".", color="black", markersize=2, alpha=0.5)
+        axis.set(title=name, xlabel="", ylabel="")
+    clouds.suptitle(f"Final samples, seed {result['seeds'][0]}")
+
+    paths = []
+    for name, drawn in (("compare_score", figure), ("compare_frontier", frontier), ("compare_samples", clouds)):
+        paths.append(out / f"{name}.png")
+        drawn.savefig(paths[-1], dpi=80)
+        plt.close(drawn)
+    return paths
+
+
 def _plane(axis, preference: str):
     """Draw the contours of a score on the square that all panels share; return them."""
     line = torch.linspace(-REACH, REACH, 121)

@@ -70,20 +70,19 @@ def parse(argv: list[str] | None) -> tuple[runs.Parser, Namespace, d3po.Schedule
 def main(argv: list[str] | None = None) -> None:
     start = time.perf_counter()
     parser, args, schedule = parse(argv)
-    torch.set_num_threads(1)  # tensors this small gain nothing from more, and one thread gives the same bits every time
+    torch.set_num_threads(1)  # tensors this small gain nothing from more, and one thread always gives the same bits
     torch.manual_seed(args.seed)
     config, out = runs.open_run(parser, vars(args)), args.out
     mixture, score, label = MIXTURES[args.mixture], SCORES[args.preference], LABELS[args.labels]
     print(
         f"D3PO on the plane. Data: {args.mixture}; preference: {args.preference}, {args.pairs} {args.labels} labels an "
-        f"epoch.\nLoss {args.loss}, beta {args.beta:g}, T = {args.num_steps}, seed {args.seed}. The run folder is {out}."
+        f"epoch.\nLoss {args.loss}, beta {args.beta:g}, T = {args.num_steps}, seed {args.seed}. Run folder: {out}."
     )
 
     reference = exact_denoiser(mixture) if args.reference == "exact" else pretrain(mixture).requires_grad_(False)
     policy = Adapter(reference, schedule, mixture)
     best = optimum.solve(reference, schedule, score, args.beta)
-    numbers = {name: value for name, value in best._asdict().items() if isinstance(value, float)}
-    runs.save_json(out / "config.json", config | {"optimum": numbers})
+    runs.save_json(out / "config.json", config | {"optimum": best.numbers()})
 
     step_losses, each_step = LOSSES[args.loss]
 

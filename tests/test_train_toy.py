@@ -1,0 +1,279 @@
+"""The command line: what it refuses, what a run leaves behind, when it stops, and that the default run works."""
+
+import json
+import math
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import d3po
+from toy import ddpm, optimum, train_toy, worlds
+
+KEYS = "epoch score kl win_rate on_data attained_share accuracy margin loss labels".split()  # DESIGN.md
+FILES = {"config.json", "metrics.jsonl", "labels.jsonl", "policy.pt", "samples.npz", "toy.png"}
+EPOCHS, PAIRS = 3, 8
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_world():
+    """A reference trained for 30 steps, a coarse grid, few final chains: a run takes a second, and learns nothing."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_toy, "pretrain", partial(ddpm.pretrain, steps=30))
+        patch.setattr(optimum, "solve", partial(optimum.solve, spacing=0.2))
+        patch.setattr(train_toy, "SAMPLES", 100)
+        yield patch
+
+
+def run(out, *flags):
+    train_toy.main([*f"--epochs {EPOCHS} --pairs {PAIRS} --num-steps 4 --out {out}".split(), *flags])
+    return out
+
+
+def strict(line):
+    """Parse JSON as other programs do, which know no NaN and no Infinity."""
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is not JSON")
+
+    return json.loads(line, parse_constant=refuse)
+
+
+def rows(path):
+    return [strict(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return run(tmp_path_factory.mktemp("runs") / "tiny")
+
+
+# Refusals
+
+
+def refused(capsys, *flags):
+    """The one line that a refused command prints."""
+    with pytest.raises(SystemExit) as stop:
+        train_toy.main(list(flags))
+    error = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert error.count("\n") == 1 and error.endswith("\n")
+    return error
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ("--eta 0", "eta density noise"), ("--eta -0.5", "eta"), ("--eta 1.5", "eta"), ("--eta nan", "eta"),
+        ("--beta 0", "--beta positive"), ("--beta -0.1", "--beta positive"), ("--beta nan", "--beta"),
+        ("--lr 0", "--lr positive"), ("--lr inf", "--lr"),
+        ("--num-steps 1000", "1000 999"), ("--num-steps 5000", "5000 999"), ("--num-steps 0", "0 999"),
+        ("--num-steps -3", "-3 999"),
+        ("--epochs -1", "--epochs -1"), ("--epochs 0", "--epochs 0"), ("--epochs 2.5", "--epochs 2.5"),
+        ("--pairs 0", "--pairs 0"), ("--seed -1", "--seed -1"),
+        ("--preference beauty", "--preference beauty reach direction avoid"),
+        ("--mixture moons", "--mixture moons ring grid islands"),
+        ("--labels guess", "--labels guess bradley-terry greedy"),
+        ("--loss ppo", "--loss ppo eq14 eq12 chain"),
+        ("--reference none", "--reference none learned exact"),
+        ("--ep 3", "--ep"), ("stray", "stray"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_refused_in_one_line(flags, words, capsys, tmp_path):
+    error = refused(capsys, *flags.split(), "--out", str(tmp_path / "run"))
+    for word in words.split():  # what was wrong, and what is possible
+        assert word in error, error
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("below", ["", "run", "deep/run"])
+def test_an_unwritable_folder_is_refused_before_anything_is_trained(below, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_toy, "pretrain", None)
+    (tmp_path / "file").write_text("")
+    error = refused(capsys, "--out", str(tmp_path / "file" / below))
+    assert "--out" in error and str(tmp_path / "file") in error
+
+
+def test_as_a_script_from_another_folder(tmp_path):
+    script = Path(train_toy.__file__)
+    done = subprocess.run([sys.executable, script, "--eta", "0"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
+
+
+# What a run leaves behind
+
+
+def test_a_run_leaves_its_folder(tiny):
+    assert {path.name for path in tiny.iterdir()} == FILES
+    config = strict((tiny / "config.json").read_text())
+    assert config["epochs"] == EPOCHS and config["pairs"] == PAIRS and config["num_steps"] == 4
+    assert {"mixture", "preference", "labels", "reference", "eta", "loss", "beta", "lr", "seed", "out"} <= set(config)
+    assert {"versions", "git_revision", "optimum"} <= set(config)
+    assert {"j_ref", "j_gauss", "j_star", "score_star", "kl_star"} <= set(config["optimum"])
+
+
+def test_metrics_have_the_keys_of_the_design(tiny):
+    metrics = rows(tiny / "metrics.jsonl")
+    assert [list(row) for row in metrics] == [KEYS] * EPOCHS
+    assert [row["epoch"] for row in metrics] == [1, 2, 3]
+    assert [row["labels"] for row in metrics] == [PAIRS, 2 * PAIRS, 3 * PAIRS]
+    assert all(0 <= row[name] <= 1 for row in metrics for name in ("win_rate", "on_data", "accuracy"))
+    assert metrics[0]["margin"] == 0 and metrics[0]["accuracy"] == 0.5  # the first chains are the reference's
+    assert metrics[0]["loss"] == pytest.approx(math.log(2), abs=0.01)  # hardly moved in its first 4 updates
+
+
+def test_every_comparison_is_a_row(tiny):
+    labels = rows(tiny / "labels.jsonl")
+    assert [row["epoch"] for row in labels] == [epoch for epoch in (1, 2, 3) for _ in range(PAIRS)]
+    score = worlds.SCORES[strict((tiny / "config.json").read_text())["preference"]]
+    for row in labels:
+        assert set(row) == {"epoch", "points", "scores", "h"} and row["h"] in (1, -1)
+        assert row["scores"] == pytest.approx(score(torch.tensor(row["points"])).tolist())
+
+
+def test_greedy_labels_are_the_better_score(tmp_path):
+    for row in rows(run(tmp_path / "run", "--labels", "greedy") / "labels.jsonl"):
+        assert row["h"] == np.sign(row["scores"][0] - row["scores"][1])
+
+
+def test_the_stored_weights_are_the_policy_of_the_stored_samples(tiny):
+    """Before and after were sampled with the same noises: each network finds them again in its own chains."""
+    mixture, schedule = worlds.MIXTURES["ring"], d3po.make_schedule(worlds.ALPHA_BARS, 4)
+    policy = ddpm.Adapter(ddpm.MLP(ddpm.data_variance(mixture)), schedule, mixture).requires_grad_(False)
+    policy.load_state_dict(torch.load(tiny / "policy.pt"))
+    samples, noises = np.load(tiny / "samples.npz"), []
+    for name, denoiser in (("before", policy.reference), ("after", policy)):
+        x = torch.tensor(samples[name])
+        noises.append([(x[i + 1] - d3po.policy_mean(denoiser, schedule, i, x[i])) / schedule.sigma[i] for i in range(4)])
+    before, after = (torch.stack(noise) for noise in noises)
+    # float32 actions of size 3, rounded by 2e-7, over the smallest sigma, 0.007; training moved means by 0.01 sigma
+    torch.testing.assert_close(after, before, rtol=0, atol=2e-4)
+
+
+def test_the_table_tells_what_the_samples_say(tmp_path, capsys):
+    out = run(tmp_path / "run", "--preference", "direction")
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("mean score"))
+    before, after, best_means, best = (float(word) for word in line.split()[2:])
+    samples, numbers = np.load(out / "samples.npz"), strict((out / "config.json").read_text())["optimum"]
+    for value, name in ((before, "before"), (after, "after")):
+        assert value == pytest.approx(samples[name][-1].sum(1).mean() / math.sqrt(2), abs=6e-4)  # three digits
+    assert best_means == pytest.approx(numbers["score_gauss"], abs=6e-4)
+    assert best == pytest.approx(numbers["score_star"], abs=6e-4)
+    for name in ("before", "after", "optimum"):
+        assert samples[name].shape == (5, 100, 2)
+    assert np.array_equal(samples["before"][0], samples["after"][0])  # the same x_T
+
+
+def test_the_same_seed_gives_the_same_bytes(tiny, tmp_path):
+    again, other = run(tmp_path / "again"), run(tmp_path / "other", "--seed", "1")
+    for name in ("metrics.jsonl", "labels.jsonl"):
+        assert (again / name).read_bytes() == (tiny / name).read_bytes()
+        assert (other / name).read_bytes() != (tiny / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    "flags", ["--loss eq12", "--loss chain", "--reference exact", "--mixture grid --preference avoid",
+              "--mixture islands --eta 0.3", "--num-steps 1"],
+)  # fmt: skip
+def test_other_choices_run_the_same_loop(flags, tiny, tmp_path):
+    out = run(tmp_path / "run", *flags.split())
+    assert {path.name for path in out.iterdir()} == FILES
+    metrics = rows(out / "metrics.jsonl")
+    assert [list(row) for row in metrics] == [KEYS] * EPOCHS
+    assert (out / "metrics.jsonl").read_bytes() != (tiny / "metrics.jsonl").read_bytes()  # the flag was heard
+
+
+def test_a_second_run_keeps_the_first(tmp_path):
+    first = run(tmp_path / "run")
+    metrics = (first / "metrics.jsonl").read_bytes()
+    run(tmp_path / "run", "--seed", "5")
+    assert (tmp_path / "run.1" / "metrics.jsonl").read_bytes() == metrics
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() != metrics
+
+
+# What is not finite
+
+
+def stopped(capfd, out, *flags):
+    """What a run that stops says last."""
+    with pytest.raises(SystemExit) as stop:
+        run(out, *flags)
+    assert stop.value.code not in (0, None)
+    return str(stop.value.code)  # Python prints it and exits with code 1
+
+
+def assert_finite(path):
+    assert all(value.isfinite().all() for value in torch.load(path).values())
+
+
+def test_a_loss_that_breaks_in_the_third_epoch(tmp_path, monkeypatch, capfd):
+    out, loss = tmp_path / "run", d3po.d3po_loss
+    weights = []
+
+    def broken(*args):
+        done = (out / "metrics.jsonl").read_text().count("\n")
+        if done == 2 and not weights:
+            weights.append(torch.load(out / "policy.pt"))
+        return loss(*args) * (math.nan if done == 2 else 1)
+
+    monkeypatch.setattr(d3po, "d3po_loss", broken)
+    message = stopped(capfd, out)
+    assert "epoch 3" in message and "--lr" in message and str(out) in message and "\n" not in message
+    assert [row["epoch"] for row in rows(out / "metrics.jsonl")] == [1, 2]
+    assert len(rows(out / "labels.jsonl")) == 2 * PAIRS
+    assert_finite(out / "policy.pt")
+    for name, value in torch.load(out / "policy.pt").items():
+        assert torch.equal(value, weights[0][name])
+
+
+@pytest.mark.parametrize("loss", ["eq14", "eq12", "chain"])
+def test_an_absurd_learning_rate_stops_the_run_with_advice(loss, tmp_path, capfd):
+    out = tmp_path / "run"
+    message = stopped(capfd, out, "--loss", loss, "--lr", "1e15")
+    assert "epoch 1" in message or "epoch 2" in message
+    assert "--lr (now 1e+15)" in message and str(out) in message
+    assert (out / "config.json").exists() and (out / "metrics.jsonl").exists()
+    if (out / "policy.pt").exists():
+        assert_finite(out / "policy.pt")
+
+
+@pytest.mark.xfail(strict=True, reason="the message promises policy.pt, which a run that breaks in epoch 1 has not got")
+def test_the_message_names_only_files_that_are_there(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(d3po, "d3po_loss", lambda winner, loser, beta: winner * math.nan)
+    message = stopped(capfd, tmp_path / "run")
+    assert "epoch 1" in message
+    assert "policy.pt" not in message or (tmp_path / "run" / "policy.pt").exists()
+
+
+@pytest.mark.xfail(strict=True, reason="weights are finite after epoch 1, but samples are not: it counts as good")
+def test_an_epoch_whose_samples_are_not_finite_is_not_a_good_one(tmp_path, capfd):
+    out = tmp_path / "run"
+    stopped(capfd, out, "--loss", "chain", "--lr", "1e15")
+    assert all(math.isfinite(value) for row in rows(out / "metrics.jsonl") for value in row.values())
+
+
+# The default run
+
+
+@pytest.mark.slow
+def test_the_default_run_keeps_its_promises(tmp_path, small_world):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_toy, "pretrain", ddpm.pretrain)
+        patch.setattr(optimum, "solve", optimum.solve.func)
+        patch.setattr(train_toy, "SAMPLES", 4000)
+        train_toy.main(["--out", str(tmp_path / "run")])
+    config = strict((tmp_path / "run" / "config.json").read_text())
+    samples = np.load(tmp_path / "run" / "samples.npz")
+    score = worlds.SCORES[config["preference"]]
+    before, after = (score(torch.tensor(samples[name][-1])) for name in ("before", "after"))
+    # Promises of the README for five seeds, counted here from the stored points; 4,000 samples err by 0.006 at most.
+    on_data = worlds.on_data(worlds.MIXTURES[config["mixture"]], torch.tensor(samples["after"][-1]))
+    assert on_data.float().mean() >= 0.95
+    assert (after.mean() - before.mean()) / (config["optimum"]["score_star"] - before.mean()) >= 0.70
+    assert (after > before).float().mean() >= 0.85
+    assert len(rows(tmp_path / "run" / "metrics.jsonl")) == config["epochs"]

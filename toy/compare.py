@@ -1,0 +1,327 @@
+"""Compare every method of the paper with the exact optimum, on the same worlds, budgets and loop.
+
+    python toy/compare.py            # the committed numbers: 15 to 25 minutes on two cores; resumes where it stopped
+    python toy/compare.py --quick    # the same path with tiny budgets, for a look or a test
+
+Each method's step size and strength are chosen by one declared sweep on one seed; then it runs on five other seeds. All
+see equal numbers of sampled chains. --out gets compare.json, compare.md and three figures.
+"""
+
+import hashlib
+import json
+import math
+import multiprocessing
+import os
+import sys
+from argparse import Namespace
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository: this file is run as a script
+
+import d3po
+from toy import baselines, optimum, plots, runs
+from toy.align import Losses, align
+from toy.ddpm import MLP, Adapter, data_variance, pretrain
+from toy.measure import measure, sample
+from toy.worlds import ALPHA_BARS, MIXTURES, SCORES
+
+SWEEP_SEED, SEEDS = 100, (0, 1, 2, 3, 4)
+STEP_SIZES = {True: (3e-4, 1e-3, 3e-3), False: (1e-3, 3e-3, 1e-2)}  # by each_step: an update a step, or a chain
+CLIP = 0.1  # the released code's
+ROOT = Path(__file__).resolve().parents[1]
+
+
+class Method(NamedTuple):
+    """How one line of the comparison trains. `losses(strength, reference)` gives the losses that `align` takes."""
+
+    losses: Callable[[float, d3po.Denoiser], Losses]
+    each_step: bool  # update at every step, or once after all of them
+    strength: str  # what the strength parameter is
+    strengths: tuple[float, ...]  # its values in the sweep
+    moving: bool = False  # the reference is the policy that sampled
+    replay: bool = False  # also train on stored pairs of earlier epochs
+    labels_only: bool = True  # sees preferences, not scores
+
+
+def by_pairs(function, **options) -> Callable[[float, d3po.Denoiser], Losses]:
+    """A loss of d3po.py whose strength is its beta."""
+
+    def losses(beta, reference):
+        return lambda policy, schedule, seen: function(
+            policy, schedule, seen.chains, d3po.pairs_from_feedback(seen.h), beta, seen.ref_log_prob, **options
+        )
+
+    return losses
+
+
+def by_scores(function) -> Callable[[float, d3po.Denoiser], Losses]:
+    """A loss of baselines.py that needs the scores and no reference."""
+
+    def losses(strength, reference):
+        return lambda policy, schedule, seen: function(policy, schedule, seen.chains, seen.scores.flatten(), strength)
+
+    return losses
+
+
+def dpok(beta, reference) -> Losses:
+    return lambda policy, schedule, seen: baselines.dpok_losses(
+        policy, reference, schedule, seen.chains, seen.scores.flatten(), beta
+    )
+
+
+def preferred(strength, reference) -> Losses:
+    return lambda policy, schedule, seen: baselines.preferred_losses(
+        policy, schedule, seen.chains, d3po.pairs_from_feedback(seen.h)
+    )
+
+
+def diffusion_dpo(beta, reference) -> Losses:
+    return lambda policy, schedule, seen: baselines.diffusion_dpo_losses(
+        policy, reference, schedule, seen.chains, d3po.pairs_from_feedback(seen.h), beta
+    )
+
+
+eq14, eq12, chain = d3po.d3po_losses, partial(d3po.d3po_losses, steps=[0]), d3po.chain_dpo_losses
+BETAS = (0.1, 0.2, 0.3, 0.6)
+METHODS = {
+    "whole chain, stored pairs": Method(by_pairs(chain), False, "beta", BETAS, replay=True),
+    "whole chain (Eq. 5)": Method(by_pairs(chain), False, "beta", BETAS),
+    "whole chain, moving reference": Method(by_pairs(chain), False, "beta", BETAS, moving=True),
+    "Eq. 14, stored pairs": Method(by_pairs(eq14), True, "beta", BETAS, replay=True),
+    "Eq. 14 (D3PO)": Method(by_pairs(eq14), True, "beta", BETAS),
+    "Eq. 14, moving reference": Method(by_pairs(eq14), True, "beta", BETAS, moving=True),
+    "Eq. 14, released clamp": Method(by_pairs(eq14, clip=CLIP), True, "beta", BETAS),
+    "Eq. 12": Method(by_pairs(eq12), True, "beta", BETAS),
+    "Eq. 12, moving reference": Method(by_pairs(eq12), True, "beta", BETAS, moving=True),
+    "Diffusion-DPO": Method(diffusion_dpo, True, "beta", (1.0, 10.0, 100.0, 1000.0)),
+    "preferred samples (SFT)": Method(preferred, True, "none", (0.0,)),
+    "DDPO": Method(by_scores(baselines.ddpo_losses), True, "clip", (0.001, 0.01, 0.1, 0.3), labels_only=False),
+    "DPOK": Method(dpok, False, "beta", BETAS, labels_only=False),
+    "Reward Weighted": Method(
+        by_scores(baselines.reward_weighted_losses), True, "temperature", (0.3, 1.0, 3.0, 10.0), labels_only=False
+    ),
+}
+
+
+class Job(NamedTuple):
+    """One training run. Its result is kept under a name that all of this decides: a second start does not repeat it."""
+
+    method: str
+    lr: float
+    strength: float
+    seed: int
+    settings: tuple  # of the comparison: (name, value) pairs
+
+
+def parse(argv: list[str] | None) -> Namespace:
+    parser = runs.Parser(prog="compare.py", description=__doc__.splitlines()[0])
+    parser.add_argument("--mixture", choices=MIXTURES, default="ring", help="the data")
+    parser.add_argument("--preference", choices=SCORES, default="reach", help="the score")
+    parser.add_argument("--beta", type=float, default=0.3, help="strength of the KL in J, score per nat")
+    parser.add_argument("--num-steps", type=int, default=20, help="T, denoising steps")
+    parser.add_argument("--epochs", type=int, default=100)
+    parser.add_argument("--pairs", type=int, default=128, help="pairs of chains, and labels, an epoch")
+    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="runs at a time, one core each")
+    parser.add_argument("--quick", action="store_true", help="tiny budgets, one setting and one seed a method")
+    parser.add_argument("--work", type=Path, default=Path("runs/compare"), help="results of single runs, for a resume")
+    parser.add_argument("--out", type=Path, help="default toy/results, with --quick the --work folder")
+    args = parser.parse_args(argv)
+    for name in ("beta", "epochs", "pairs", "processes"):
+        if not 0 < (value := getattr(args, name)) < math.inf:
+            parser.error(f"--{name} {value}: give a positive number")
+    try:
+        d3po.make_schedule(ALPHA_BARS, args.num_steps)
+    except ValueError as error:
+        parser.error(str(error))
+    args.pretrain_steps = 8000
+    if args.quick:
+        args.epochs, args.pairs, args.pretrain_steps = 3, 16, 300
+    args.out = args.out or (args.work if args.quick else ROOT / "toy" / "results")
+    try:
+        for folder in (args.work, args.out):
+            folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"{folder} cannot be written ({error.strerror}): choose another --work or --out")
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    torch.set_num_threads(1)
+    names = ("mixture", "preference", "beta", "num_steps", "epochs", "pairs", "pretrain_steps")
+    settings = tuple((name, getattr(args, name)) for name in names)
+    print(
+        f"{len(METHODS)} methods on the {args.mixture}, preference {args.preference}, beta {args.beta:g}: "
+        f"{args.epochs * args.pairs:,} labels each.\nSingle runs are kept in {args.work}, the results in {args.out}."
+    )
+
+    def run(title: str, function: Callable, jobs: list) -> list:
+        with multiprocessing.get_context("spawn").Pool(args.processes) as pool:
+            results = pool.imap(partial(function, work=args.work), jobs)
+            return list(tqdm(results, title, len(jobs), unit=" runs", mininterval=0.5))
+
+    seeds, tried = (SEEDS[:1], slice(1, 2)) if args.quick else (SEEDS, slice(None))
+    run("references", prepare, [(seed, settings) for seed in (SWEEP_SEED, *seeds)])
+    grid = [
+        Job(name, lr, strength, SWEEP_SEED, settings)
+        for name, method in METHODS.items()
+        for lr in STEP_SIZES[method.each_step][tried]
+        for strength in method.strengths[tried] or method.strengths
+    ]
+    sweep = [row | job._asdict() for job, row in zip(grid, run("sweep", train, grid), strict=True)]
+    best = {name: max((r for r in sweep if r["method"] == name), key=final_share) for name in METHODS}
+    finals = [Job(name, best[name]["lr"], best[name]["strength"], seed, settings) for name in METHODS for seed in seeds]
+    rows = [row | job._asdict() for job, row in zip(finals, run("seeds", train, finals), strict=True)]
+
+    reference, exact = load(seeds[0], settings, args.work)
+    schedule = d3po.make_schedule(ALPHA_BARS, args.num_steps)
+    frontier = []
+    for beta in tqdm((0.05, 0.1, 0.2, 0.3, 0.5, 1.0, 2.0, 5.0), "frontier"):
+        frontier.append({"beta": beta, **optimum.solve(reference, schedule, SCORES[args.preference], beta).numbers()})
+
+    result = {
+        "command": "python toy/compare.py" + (" --quick" if args.quick else ""),
+        "settings": dict(settings), "sweep_seed": SWEEP_SEED, "seeds": seeds, "frontier": frontier,
+        "methods": {name: summary(name, [r for r in rows if r["method"] == name], sweep) for name in METHODS},
+    }  # fmt: skip
+    runs.save_json(args.out / "compare.json", rounded(result))
+    (args.out / "compare.md").write_text(table(result))
+    print(table(result))
+    points = {name: next(r["points"] for r in rows if r["method"] == name) for name in METHODS}
+    x_T = torch.randn(500, 2, generator=torch.Generator().manual_seed(0))
+    exact = optimum.solve(reference, schedule, SCORES[args.preference], args.beta)
+    chains = optimum.sample_optimum(reference, schedule, SCORES[args.preference], args.beta, exact, x_T)
+    points["exact optimum"] = chains[-1].tolist()
+    for path in plots.draw_comparison(result, points, args.out):
+        print(path)
+
+
+def prepare(seed_and_settings: tuple, work: Path) -> None:
+    """Train a seed's reference and solve for its optimum, once; `load` reads them."""
+    seed, settings = seed_and_settings
+    path = place(work, "reference", seed_and_settings)
+    if path.exists():
+        return
+    torch.set_num_threads(1)
+    torch.manual_seed(seed)
+    world = dict(settings)
+    reference = pretrain(MIXTURES[world["mixture"]], world["pretrain_steps"], progress=False)
+    schedule = d3po.make_schedule(ALPHA_BARS, world["num_steps"])
+    exact = optimum.solve(reference, schedule, SCORES[world["preference"]], world["beta"])
+    runs.save_tensors(path, {"weights": reference.state_dict(), "optimum": exact.numbers()})
+
+
+def load(seed: int, settings: tuple, work: Path) -> tuple[MLP, dict]:
+    """A seed's reference and the numbers of its optimum."""
+    stored = torch.load(place(work, "reference", (seed, settings)))
+    reference = MLP(data_variance(MIXTURES[dict(settings)["mixture"]]))
+    reference.load_state_dict(stored["weights"])
+    return reference.requires_grad_(False), stored["optimum"]
+
+
+def place(work: Path, kind: str, what: tuple) -> Path:
+    """The file that keeps the result of a piece of work."""
+    return work / f"{kind}_{hashlib.sha256(repr(what).encode()).hexdigest()[:16]}"
+
+
+def train(job: Job, work: Path) -> dict:
+    """Run one job, or read its result: the curve of what `measure` says, and some final points."""
+    path = place(work, "run", job)
+    if path.exists():
+        return json.loads(path.read_text())
+    torch.set_num_threads(1)
+    world, method = dict(job.settings), METHODS[job.method]
+    mixture, score, beta = MIXTURES[world["mixture"]], SCORES[world["preference"]], world["beta"]
+    schedule = d3po.make_schedule(ALPHA_BARS, world["num_steps"])
+    reference, exact = load(job.seed, job.settings, work)
+    x_ref = sample(reference, schedule, 1000, seed=7)
+
+    torch.manual_seed(job.seed)
+    policy = Adapter(reference, schedule, mixture)
+    replay = {"updates": 4, "batch": 2 * world["pairs"]} if method.replay else {}
+    training = align(
+        policy, None if method.moving else reference, schedule, score, d3po.bradley_terry,
+        method.losses(job.strength, reference), method.each_step, job.lr, world["epochs"], world["pairs"], **replay,
+    )  # fmt: skip
+    result = {"curve": [], "points": []}
+    try:
+        for epoch, done in enumerate(training, 1):
+            if epoch % 5 == 0 or epoch == world["epochs"]:
+                x = sample(policy, schedule, 1000, seed=7)
+                now = measure(x, x_ref, policy, reference, schedule, mixture, score, beta)
+                share = optimum.attained_share(now.j, Namespace(**exact))
+                result["curve"].append({"labels": done.labels, "share": share, **now._asdict()})
+        result["points"] = x[-1, :500].tolist()
+    except FloatingPointError as error:
+        result["failed"] = str(error)
+    result = rounded(result)
+    runs.save_json(path, result)
+    return result
+
+
+def final_share(row: dict) -> float:
+    """The attained share at the end of a run; minus infinity for one that broke off."""
+    share = -math.inf if "failed" in row else row["curve"][-1]["share"]
+    return share if math.isfinite(share) else -math.inf
+
+
+def summary(name: str, rows: list[dict], sweep: list[dict]) -> dict:
+    """What compare.json says of a method: its chosen settings, mean curves over the seeds, and the sweep."""
+    curves = [row["curve"] for row in rows if "failed" not in row]
+    over_seeds = [
+        {key: spread([point[key] for point in points]) for key in points[0]} for points in zip(*curves, strict=True)
+    ]
+    reached = [point["labels"]["mean"] for point in over_seeds if point["share"]["mean"] >= 0.9]
+    method = METHODS[name]
+    return {
+        "lr": rows[0]["lr"], "strength": {method.strength: rows[0]["strength"]}, "labels_only": method.labels_only,
+        "failed": len(rows) - len(curves), "labels_to_0.9": reached[0] if reached else None, "curve": over_seeds,
+        "sweep": [
+            {"lr": r["lr"], "strength": r["strength"], "failed": "failed" in r}
+            | {key: r["curve"][-1][key] for key in ("share", "score", "kl") if "failed" not in r}
+            for r in sweep if r["method"] == name
+        ],
+    }  # fmt: skip
+
+
+def spread(values: list[float]) -> dict:
+    """Mean and standard deviation over the seeds."""
+    tensor = torch.tensor(values, dtype=torch.float64)
+    return {"mean": tensor.mean().item(), "sd": tensor.std(correction=min(1, len(values) - 1)).item()}
+
+
+def table(result: dict) -> str:
+    """The comparison as a table in Markdown, best first."""
+    lines = [
+        "| method | sees | labels to share 0.9 | attained share | score | KL, nats | win rate | on data | lr, strength |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    ended = {name: m["curve"][-1] for name, m in result["methods"].items() if m["curve"]}
+    for name in sorted(ended, key=lambda name: -ended[name]["share"]["mean"]):
+        method, end = result["methods"][name], ended[name]
+        (strength, value), needed = *method["strength"].items(), method["labels_to_0.9"]
+        cells = [f"{end[k]['mean']:.{d}f} ± {end[k]['sd']:.{d}f}" for k, d in (("share", 3), ("score", 2), ("kl", 2))]
+        cells += [f"{end[key]['mean']:.1%}" for key in ("win_rate", "on_data")]
+        cells += [f"{method['lr']:g}" + (f", {strength} {value:g}" if strength != "none" else "")]
+        budget = f"{needed:,.0f}" if needed else f"not within {end['labels']['mean']:,.0f}"
+        lines.append(" | ".join([f"| {name}", "labels" if method["labels_only"] else "scores", budget, *cells]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def rounded(content):
+    """The same JSON content with numbers of five significant digits: what the seeds determine, in a small file."""
+    if isinstance(content, dict):
+        return {key: rounded(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [rounded(value) for value in content]
+    return float(f"{content:.5g}") if isinstance(content, float) else content
+
+
+if __name__ == "__main__":
+    main()
