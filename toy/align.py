@@ -47,14 +47,14 @@ class Epoch(NamedTuple):
 
 def align(policy: nn.Module, reference: d3po.Denoiser | None, schedule: d3po.Schedule,
           score: Callable[[Tensor], Tensor], label: Callable[[Tensor, Tensor], Tensor], losses: Losses, each_step: bool,
-          lr: float, epochs: int, pairs: int, updates: int = 1, batch: int | None = None) -> Iterator[Epoch]:
+          lr: float, epochs: int, pairs: int, replay: int = 0) -> Iterator[Epoch]:
     """Train a policy from labelled pairs of its own chains; yield after each epoch. Line numbers are those of Alg. 1.
 
     reference: None for the policy that sampled, a reference that moves. score (B, 2) -> (B,), label (score_a, score_b)
     -> h. losses: the method, as an iterator of losses over the steps. each_step: update the weights at every loss (line
     33), or once after the last. lr: Adam's step size at the start; it falls to 0 as a cosine. pairs: comparisons an
-    epoch. An epoch trains `updates` times: on the new pairs first (Alg. 1 does no more), then on `batch` pairs drawn
-    from all epochs so far. Uses torch's global generator.
+    epoch. replay: after the new pairs, an epoch also trains on this many batches, each of 2 * pairs drawn from all the
+    pairs so far (Alg. 1 has none: 0). Uses torch's global generator.
     Raises FloatingPointError at the first score, loss or weight that is not finite.
     """
     weights = [p for p in policy.parameters() if p.requires_grad]
@@ -76,11 +76,11 @@ def align(policy: nn.Module, reference: d3po.Denoiser | None, schedule: d3po.Sch
         moving = reference is None
         ref_log_prob = chains.log_prob if moving else d3po.trajectory_log_prob(reference, schedule, chains)  # line 31
         new = Comparisons(chains, scores, h, ref_log_prob)
-        memory = new if memory is None or updates == 1 else memory.join(new)
+        memory = new if memory is None or replay == 0 else memory.join(new)
 
         total, number = 0.0, 0
-        for k in range(updates):
-            seen = new if k == 0 else memory.select(torch.randperm(len(memory.h))[: batch or pairs])
+        for k in range(1 + replay):
+            seen = new if k == 0 else memory.select(torch.randperm(len(memory.h))[: 2 * pairs])
             for loss in losses(policy, schedule, seen):  # lines 24-35
                 _finite(loss, f"epoch {epoch}: the loss")
                 loss.backward()

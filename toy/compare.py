@@ -34,7 +34,6 @@ from toy.worlds import ALPHA_BARS, MIXTURES, SCORES
 SWEEP_SEED, SEEDS = 100, (0, 1, 2, 3, 4)
 STEP_SIZES = {True: (3e-4, 1e-3, 3e-3), False: (1e-3, 3e-3, 1e-2)}  # by each_step: an update a step, or a chain
 CLIP = 0.1  # the released code's
-ROOT = Path(__file__).resolve().parents[1]
 
 
 class Method(NamedTuple):
@@ -45,7 +44,7 @@ class Method(NamedTuple):
     strength: str  # what the strength parameter is
     strengths: tuple[float, ...]  # its values in the sweep
     moving: bool = False  # the reference is the policy that sampled
-    replay: bool = False  # also train on stored pairs of earlier epochs
+    replay: int = 0  # batches of stored pairs that an epoch adds
     labels_only: bool = True  # sees preferences, not scores
 
 
@@ -90,10 +89,10 @@ def diffusion_dpo(beta, reference) -> Losses:
 eq14, eq12, chain = d3po.d3po_losses, partial(d3po.d3po_losses, steps=[0]), d3po.chain_dpo_losses
 BETAS = (0.1, 0.2, 0.3, 0.6)
 METHODS = {
-    "whole chain, stored pairs": Method(by_pairs(chain), False, "beta", BETAS, replay=True),
+    "whole chain, stored pairs": Method(by_pairs(chain), False, "beta", BETAS, replay=3),
     "whole chain (Eq. 5)": Method(by_pairs(chain), False, "beta", BETAS),
     "whole chain, moving reference": Method(by_pairs(chain), False, "beta", BETAS, moving=True),
-    "Eq. 14, stored pairs": Method(by_pairs(eq14), True, "beta", BETAS, replay=True),
+    "Eq. 14, stored pairs": Method(by_pairs(eq14), True, "beta", BETAS, replay=3),
     "Eq. 14 (D3PO)": Method(by_pairs(eq14), True, "beta", BETAS),
     "Eq. 14, moving reference": Method(by_pairs(eq14), True, "beta", BETAS, moving=True),
     "Eq. 14, released clamp": Method(by_pairs(eq14, clip=CLIP), True, "beta", BETAS),
@@ -127,28 +126,43 @@ def parse(argv: list[str] | None) -> Namespace:
     parser.add_argument("--num-steps", type=int, default=20, help="T, denoising steps")
     parser.add_argument("--epochs", type=int, default=100)
     parser.add_argument("--pairs", type=int, default=128, help="pairs of chains, and labels, an epoch")
+    args = parse_budget(parser, argv)
+    if not 0 < args.beta < math.inf:
+        parser.error(f"--beta {args.beta}: give a positive number")
+    try:
+        d3po.make_schedule(ALPHA_BARS, args.num_steps)
+    except ValueError as error:
+        parser.error(str(error))
+    return args
+
+
+def parse_budget(parser: runs.Parser, argv: list[str] | None) -> Namespace:
+    """Add the flags that compare.py and limits.py share; parse, check, and make the folders."""
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="runs at a time, one core each")
     parser.add_argument("--quick", action="store_true", help="tiny budgets, one setting and one seed a method")
     parser.add_argument("--work", type=Path, default=Path("runs/compare"), help="results of single runs, for a resume")
     parser.add_argument("--out", type=Path, help="default toy/results, with --quick the --work folder")
     args = parser.parse_args(argv)
-    for name in ("beta", "epochs", "pairs", "processes"):
-        if not 0 < (value := getattr(args, name)) < math.inf:
-            parser.error(f"--{name} {value}: give a positive number")
-    try:
-        d3po.make_schedule(ALPHA_BARS, args.num_steps)
-    except ValueError as error:
-        parser.error(str(error))
+    for name in ("epochs", "pairs", "processes"):
+        if (value := getattr(args, name)) < 1:
+            parser.error(f"--{name} {value}: give 1 or more")
     args.pretrain_steps = 8000
     if args.quick:
         args.epochs, args.pairs, args.pretrain_steps = 3, 16, 300
-    args.out = args.out or (args.work if args.quick else ROOT / "toy" / "results")
+    args.out = args.out or (args.work if args.quick else runs.ROOT / "toy" / "results")
     try:
         for folder in (args.work, args.out):
             folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         parser.error(f"{folder} cannot be written ({error.strerror}): choose another --work or --out")
     return args
+
+
+def run_all(title: str, function: Callable, jobs: list, args: Namespace) -> list:
+    """Map a function over jobs in parallel processes, with a progress bar; finished jobs are not repeated."""
+    with multiprocessing.get_context("spawn").Pool(args.processes) as pool:
+        results = pool.imap(partial(function, work=args.work), jobs)
+        return list(tqdm(results, title, len(jobs), unit=" runs", mininterval=0.5))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -161,28 +175,23 @@ def main(argv: list[str] | None = None) -> None:
         f"{args.epochs * args.pairs:,} labels each.\nSingle runs are kept in {args.work}, the results in {args.out}."
     )
 
-    def run(title: str, function: Callable, jobs: list) -> list:
-        with multiprocessing.get_context("spawn").Pool(args.processes) as pool:
-            results = pool.imap(partial(function, work=args.work), jobs)
-            return list(tqdm(results, title, len(jobs), unit=" runs", mininterval=0.5))
-
     seeds, tried = (SEEDS[:1], slice(1, 2)) if args.quick else (SEEDS, slice(None))
-    run("references", prepare, [(seed, settings) for seed in (SWEEP_SEED, *seeds)])
+    run_all("references", prepare, [(seed, settings) for seed in (SWEEP_SEED, *seeds)], args)
     grid = [
         Job(name, lr, strength, SWEEP_SEED, settings)
         for name, method in METHODS.items()
         for lr in STEP_SIZES[method.each_step][tried]
         for strength in method.strengths[tried] or method.strengths
     ]
-    sweep = [row | job._asdict() for job, row in zip(grid, run("sweep", train, grid), strict=True)]
+    sweep = [row | job._asdict() for job, row in zip(grid, run_all("sweep", train, grid, args), strict=True)]
     best = {name: max((r for r in sweep if r["method"] == name), key=final_share) for name in METHODS}
     finals = [Job(name, best[name]["lr"], best[name]["strength"], seed, settings) for name in METHODS for seed in seeds]
-    rows = [row | job._asdict() for job, row in zip(finals, run("seeds", train, finals), strict=True)]
+    rows = [row | job._asdict() for job, row in zip(finals, run_all("seeds", train, finals, args), strict=True)]
 
     reference, exact = load(seeds[0], settings, args.work)
     schedule = d3po.make_schedule(ALPHA_BARS, args.num_steps)
     frontier = []
-    for beta in tqdm((0.05, 0.1, 0.2, 0.3, 0.5, 1.0, 2.0, 5.0), "frontier"):
+    for beta in tqdm((args.beta, 2.0) if args.quick else (0.1, 0.2, 0.3, 0.5, 1.0, 2.0, 5.0), "frontier"):
         frontier.append({"beta": beta, **optimum.solve(reference, schedule, SCORES[args.preference], beta).numbers()})
 
     result = {
@@ -244,10 +253,10 @@ def train(job: Job, work: Path) -> dict:
 
     torch.manual_seed(job.seed)
     policy = Adapter(reference, schedule, mixture)
-    replay = {"updates": 4, "batch": 2 * world["pairs"]} if method.replay else {}
     training = align(
         policy, None if method.moving else reference, schedule, score, d3po.bradley_terry,
-        method.losses(job.strength, reference), method.each_step, job.lr, world["epochs"], world["pairs"], **replay,
+        method.losses(job.strength, reference), method.each_step, job.lr, world["epochs"], world["pairs"],
+        method.replay,
     )  # fmt: skip
     result = {"curve": [], "points": []}
     try:
@@ -299,7 +308,7 @@ def spread(values: list[float]) -> dict:
 def table(result: dict) -> str:
     """The comparison as a table in Markdown, best first."""
     lines = [
-        "| method | sees | labels to share 0.9 | attained share | score | KL, nats | win rate | on data | lr, strength |",
+        "| method | sees | labels to 0.9 | attained share | score | KL (nats) | win rate | on data | lr, strength |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     ended = {name: m["curve"][-1] for name, m in result["methods"].items() if m["curve"]}

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository: 
 
 from toy.worlds import SCORES
 
-REACH = 3.2  # half the width of the plane shown
+REACH, FEW = 3.2, 2  # half the width of the plane shown; chains drawn
 
 
 def draw_run(run: Path) -> Path:
@@ -27,20 +27,24 @@ def draw_run(run: Path) -> Path:
         clouds = {name: samples[name] for name in samples.files}
 
     figure, axes = plt.subplots(2, 4, figsize=(16, 8.2), layout="constrained")
-    titles = {"data": "data", "before": "before: the reference", "after": "after alignment", "optimum": "exact optimum"}
-    for axis, (name, title) in zip(axes[0], titles.items(), strict=True):
+    titles = {"data": "data", "before": "before: the reference", "after": "after alignment"}
+    for axis, (name, title) in zip(axes[0], titles.items(), strict=False):
         contours = _plane(axis, config["preference"])
         points = clouds[name] if name == "data" else clouds[name][-1]
         axis.plot(*points.T, ".", color="black", markersize=2, alpha=0.35)
         axis.set_title(title)
+    line, density = _density(clouds["optimum"][-1])
+    _plane(axes[0, 3], config["preference"])
+    axes[0, 3].contour(line, line, density, levels=density.max() * np.geomspace(0.003, 0.9, 7), colors="black")
+    axes[0, 3].set_title("exact optimum (density)")
     figure.colorbar(contours, ax=axes[0], label=f"score: {config['preference']}", shrink=0.8, pad=0.01)
 
     _plane(axes[1, 0], config["preference"])
     for name, style, label in (("before", "k--", "reference"), ("after", "r-", "aligned")):
-        for k, chain in enumerate(clouds[name][:, :4].swapaxes(0, 1)):
+        for k, chain in enumerate(clouds[name][:, :FEW].swapaxes(0, 1)):
             axes[1, 0].plot(*chain.T, style, linewidth=1, label=label if k == 0 else None)
             axes[1, 0].plot(*chain[-1], style[0] + "o", markersize=5)
-    axes[1, 0].plot(*clouds["before"][0, :4].T, "k+", markersize=9, label="$x_T$")
+    axes[1, 0].plot(*clouds["before"][0, :FEW].T, "k+", markersize=9, label="$x_T$")
     axes[1, 0].legend(loc="lower left", fontsize=8)
     axes[1, 0].set_title(f"chains $x_T \\ldots x_0$ from the same noise (T = {config['num_steps']})")
 
@@ -64,7 +68,8 @@ def draw_run(run: Path) -> Path:
     loss.plot(labels, [row["loss"] for row in rows], "k-", label=f"loss ({config['loss']})")
     loss.axhline(math.log(2), color="grey", linestyle=":", label="log 2 = 0.693: cannot tell winner from loser")
     loss.set(xlabel="labels used", ylabel="loss (nats)", title="loss")
-    loss.legend(fontsize=8)
+    loss.margins(y=0.25)
+    loss.legend(fontsize=8, loc="upper right")
 
     figure.suptitle(
         f"D3PO on the {config['mixture']}: {config['labels']} labels, loss {config['loss']}, "
@@ -111,7 +116,7 @@ def draw_comparison(result: dict, points: dict[str, list], out: Path) -> list[Pa
         line, colour = style[name]
         xs, ys = ([row[key] for row in tried] for key in ("kl", "score"))
         axis.plot(xs, ys, line, marker="o", color=colour, label=name)
-    axis.set(xlabel="KL to the reference chain (nats)", ylabel="mean score", xlim=(-0.1, 5), title="What the score costs")
+    axis.set(xlabel="KL to the reference (nats)", ylabel="mean score", xlim=(-0.1, 5), title="What the score costs")
     axis.legend(fontsize=7, title="one point for each strength of the sweep; numbers: beta", title_fontsize=7)
 
     columns = 5
@@ -131,6 +136,13 @@ def draw_comparison(result: dict, points: dict[str, list], out: Path) -> list[Pa
         drawn.savefig(paths[-1], dpi=80)
         plt.close(drawn)
     return paths
+
+
+def _density(points: np.ndarray, bandwidth: float = 0.08) -> tuple[np.ndarray, np.ndarray]:
+    """Kernel estimate of the density of points (N, 2): the axis (G,) of a grid, and the density there (G, G), row y."""
+    line = np.linspace(-REACH, REACH, 161)
+    kernels = np.exp(-(((points[:, :, None] - line) / bandwidth) ** 2) / 2)  # (N, 2, G)
+    return line, kernels[:, 1].T @ kernels[:, 0] / (len(points) * 2 * np.pi * bandwidth**2)
 
 
 def _plane(axis, preference: str):

@@ -12,11 +12,14 @@ import math
 import sys
 import time
 from argparse import Namespace
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository: this file is run as a script
@@ -28,10 +31,18 @@ from toy.ddpm import Adapter, pretrain
 from toy.measure import Measured, measure, sample
 from toy.worlds import ALPHA_BARS, MIXTURES, SCORES, exact_denoiser, sample_data
 
-LOSSES = {  # name: (function of d3po.py, update at every step?)
-    "eq14": (d3po.d3po_losses, True),
-    "eq12": (partial(d3po.d3po_losses, steps=[0]), True),
-    "chain": (d3po.chain_dpo_losses, False),
+
+class Loss(NamedTuple):
+    function: Callable[..., Iterator[Tensor]]  # of d3po.py
+    each_step: bool  # update at every step, as Alg. 1 does, or once a chain
+    lr: float  # default step size
+    replay: int  # default number of batches of stored pairs that an epoch adds
+
+
+LOSSES = {
+    "chain": Loss(d3po.chain_dpo_losses, False, 3e-3, 3),
+    "eq14": Loss(d3po.d3po_losses, True, 1e-3, 0),
+    "eq12": Loss(partial(d3po.d3po_losses, steps=[0]), True, 1e-3, 0),
 }
 LABELS = {"bradley-terry": d3po.bradley_terry, "greedy": d3po.preference}
 SAMPLES = 4000  # chains that the final table and the figure are made from
@@ -47,17 +58,22 @@ def parse(argv: list[str] | None) -> tuple[runs.Parser, Namespace, d3po.Schedule
     world.add_argument("--num-steps", type=int, default=20, help="T, denoising steps")
     world.add_argument("--eta", type=float, default=1.0, help="DDIM's noise scale, above 0 and at most 1")
     method = parser.add_argument_group("the method")
-    method.add_argument("--loss", choices=LOSSES, default="eq14", help="Eq. 14, Eq. 12, or Eq. 5 on the whole chain")
+    method.add_argument("--loss", choices=LOSSES, default="chain", help="Eq. 5 on the whole chain, Eq. 14 or Eq. 12")
     method.add_argument("--beta", type=float, default=0.3, help="strength of the KL: score per nat")
-    method.add_argument("--lr", type=float, default=1e-3, help="Adam's first step size; it falls to 0 as a cosine")
-    method.add_argument("--epochs", type=int, default=200, help="times that pairs are sampled, labelled and trained on")
-    method.add_argument("--pairs", type=int, default=256, help="pairs of chains, so labels, an epoch")
+    method.add_argument("--lr", type=float, help="Adam's first step size, falling to 0 as a cosine; chosen by --loss")
+    method.add_argument("--epochs", type=int, default=60, help="times that pairs are sampled, labelled and trained on")
+    method.add_argument("--pairs", type=int, default=128, help="pairs of chains, so labels, an epoch")
+    method.add_argument("--replay", type=int, help="batches of stored pairs an epoch adds to the new ones; by --loss")
     parser.add_argument("--seed", type=int, default=0, help="of everything; the same seed gives the same metrics.jsonl")
     parser.add_argument("--out", type=Path, default=Path("runs/toy"), help="run folder")
     args = parser.parse_args(argv)
-    for name, value in (("--beta", args.beta), ("--lr", args.lr), ("--epochs", args.epochs), ("--pairs", args.pairs)):
-        if not 0 < value < math.inf:
-            parser.error(f"{name} {value}: give a positive number")
+    args.lr = LOSSES[args.loss].lr if args.lr is None else args.lr
+    args.replay = LOSSES[args.loss].replay if args.replay is None else args.replay
+    for name in ("beta", "lr", "epochs", "pairs"):
+        if not 0 < (value := getattr(args, name)) < math.inf:
+            parser.error(f"--{name} {value}: give a positive number")
+    if args.replay < 0:
+        parser.error(f"--replay {args.replay}: give 0 or more")
     if not 0 <= args.seed < 2**63:
         parser.error(f"--seed {args.seed}: give a number from 0 to 2^63 - 1")
     try:
@@ -75,8 +91,9 @@ def main(argv: list[str] | None = None) -> None:
     config, out = runs.open_run(parser, vars(args)), args.out
     mixture, score, label = MIXTURES[args.mixture], SCORES[args.preference], LABELS[args.labels]
     print(
-        f"D3PO on the plane. Data: {args.mixture}; preference: {args.preference}, {args.pairs} {args.labels} labels an "
-        f"epoch.\nLoss {args.loss}, beta {args.beta:g}, T = {args.num_steps}, seed {args.seed}. Run folder: {out}."
+        f"D3PO on the plane: data {args.mixture}, preference {args.preference}, loss {args.loss}, beta {args.beta:g}, "
+        f"T = {args.num_steps}, seed {args.seed}.\nAn epoch: {args.pairs} new pairs with {args.labels} labels, then "
+        f"{args.replay} batches of stored pairs; lr {args.lr:g}. Run folder: {out}."
     )
 
     reference = exact_denoiser(mixture) if args.reference == "exact" else pretrain(mixture).requires_grad_(False)
@@ -84,17 +101,19 @@ def main(argv: list[str] | None = None) -> None:
     best = optimum.solve(reference, schedule, score, args.beta)
     runs.save_json(out / "config.json", config | {"optimum": best.numbers()})
 
-    step_losses, each_step = LOSSES[args.loss]
+    loss = LOSSES[args.loss]
 
     def losses(policy, schedule, seen: Comparisons):
         pairs = d3po.pairs_from_feedback(seen.h)
-        return step_losses(policy, schedule, seen.chains, pairs, args.beta, seen.ref_log_prob)
+        return loss.function(policy, schedule, seen.chains, pairs, args.beta, seen.ref_log_prob)
 
     def measured(x, x_ref):
         return measure(x, x_ref, policy, reference, schedule, mixture, score, args.beta)
 
     x_ref = sample(reference, schedule, 256, seed=1)
-    training = align(policy, reference, schedule, score, label, losses, each_step, args.lr, args.epochs, args.pairs)
+    training = align(
+        policy, reference, schedule, score, label, losses, loss.each_step, args.lr, args.epochs, args.pairs, args.replay
+    )
     bar = tqdm(training, "align", args.epochs, unit=" epochs", mininterval=0.5)
     try:
         for epoch, done in enumerate(bar, 1):
