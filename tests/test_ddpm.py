@@ -23,7 +23,7 @@ def exact_schedule(T, eta):
 
 
 @pytest.mark.parametrize("name", ["ring", "grid"])  # centred and round, as the linear part assumes
-def test_an_mlp_whose_last_layer_is_zero_is_the_best_linear_prediction(name):
+def test_an_mlp_whose_last_layer_is_zero_is_the_best_linear_prediction_and_its_unit_the_rest(name):
     n, mixture = 200_000, MIXTURES[name]
     net = ddpm.MLP(ddpm.data_variance(mixture))
     torch.nn.init.zeros_(net.mlp[-1].weight)
@@ -35,8 +35,14 @@ def test_an_mlp_whose_last_layer_is_zero_is_the_best_linear_prediction(name):
         slope = (x * noise).sum() / x.square().sum()  # least squares over all points and coordinates
         error = (x * (noise - slope * x)).square().sum().sqrt() / x.square().sum()
         with torch.no_grad():
-            predicted = net(x[:5], torch.full((5,), time)) / x[:5]
-        assert (predicted - slope).abs().max() < 4 * error
+            times = torch.full((5,), time)
+            predicted = net(x[:5], times)
+            net.mlp[-1].bias.fill_(1.0)
+            unit = net(x[:5], times) - predicted
+            net.mlp[-1].bias.fill_(0.0)
+        assert (predicted / x[:5] - slope).abs().max() < 4 * error
+        # what is left for the MLP has unit variance; 1 %: the sd of 4e5 numbers errs by 0.1 %
+        torch.testing.assert_close(unit, (noise - slope * x).std().expand(5, 2), rtol=0.01, atol=0)
 
 
 @pytest.mark.parametrize("mixture", MIXTURES.values(), ids=MIXTURES)

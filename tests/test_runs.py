@@ -52,7 +52,6 @@ def test_a_folder_that_cannot_be_made_is_refused_in_one_sentence(tmp_path, parse
     assert error.count("\n") == 1 and "--out" in error and str(file) in error and "choose another" in error
 
 
-@pytest.mark.xfail(strict=True, reason="Path('.').with_name raises ValueError", raises=ValueError)
 def test_the_current_folder_is_refused_or_works_twice(tmp_path, parser, monkeypatch):
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")

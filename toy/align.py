@@ -40,8 +40,8 @@ class Epoch(NamedTuple):
 
     new: Comparisons
     labels: int  # comparisons made so far
-    loss: float  # mean over the updates of the epoch
-    accuracy: float  # share of the pairs whose winner has the larger log(pi / pi_ref), ties counting half
+    loss: float  # mean over the updates of the epoch; 0 if there was none, as all pairs were ties
+    accuracy: float  # share of the pairs whose winner has the larger log(pi / pi_ref), equal ones counting half
     margin: float  # mean of log(pi / pi_ref)(winner) - log(pi / pi_ref)(loser) over whole chains, nats
 
 
@@ -96,7 +96,7 @@ def align(policy: nn.Module, reference: d3po.Denoiser | None, schedule: d3po.Sch
 
         winner, loser = d3po.pairs_from_feedback(h).T
         log_ratio = (chains.log_prob - new.ref_log_prob).sum(0)
-        margin = log_ratio[winner] - log_ratio[loser]
+        margin = log_ratio[winner] - log_ratio[loser] if len(winner) else torch.zeros(1)
         accuracy = ((margin > 0).float() + (margin == 0).float() / 2).mean()
         yield Epoch(new, epoch * pairs, total / max(number, 1), accuracy.item(), margin.mean().item())
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository: this file is run as a script
@@ -249,10 +250,14 @@ def train(job: Job, work: Path) -> dict:
     mixture, score, beta = MIXTURES[world["mixture"]], SCORES[world["preference"]], world["beta"]
     schedule = d3po.make_schedule(ALPHA_BARS, world["num_steps"])
     reference, exact = load(job.seed, job.settings, work)
-    x_ref = sample(reference, schedule, 1000, seed=7)
-
     torch.manual_seed(job.seed)
     policy = Adapter(reference, schedule, mixture)
+
+    def measured(chains: int, noise: int) -> tuple[Tensor, dict]:
+        x, x_ref = (sample(denoiser, schedule, chains, noise) for denoiser in (policy, reference))
+        now = measure(x, x_ref, policy, reference, schedule, mixture, score, beta)
+        return x[-1], {"share": optimum.attained_share(now.j, Namespace(**exact)), **now._asdict()}
+
     training = align(
         policy, None if method.moving else reference, schedule, score, d3po.bradley_terry,
         method.losses(job.strength, reference), method.each_step, job.lr, world["epochs"], world["pairs"],
@@ -262,11 +267,9 @@ def train(job: Job, work: Path) -> dict:
     try:
         for epoch, done in enumerate(training, 1):
             if epoch % 5 == 0 or epoch == world["epochs"]:
-                x = sample(policy, schedule, 1000, seed=7)
-                now = measure(x, x_ref, policy, reference, schedule, mixture, score, beta)
-                share = optimum.attained_share(now.j, Namespace(**exact))
-                result["curve"].append({"labels": done.labels, "share": share, **now._asdict()})
-        result["points"] = x[-1, :500].tolist()
+                result["curve"].append({"labels": done.labels, **measured(1000, 7 + job.seed % SWEEP_SEED)[1]})
+        points, result["final"] = measured(10_000, 1000 + job.seed)
+        result["points"] = points[:500].tolist()
     except FloatingPointError as error:
         result["failed"] = str(error)
     result = rounded(result)
@@ -281,16 +284,15 @@ def final_share(row: dict) -> float:
 
 
 def summary(name: str, rows: list[dict], sweep: list[dict]) -> dict:
-    """What compare.json says of a method: its chosen settings, mean curves over the seeds, and the sweep."""
-    curves = [row["curve"] for row in rows if "failed" not in row]
-    over_seeds = [
-        {key: spread([point[key] for point in points]) for key in points[0]} for points in zip(*curves, strict=True)
-    ]
+    """What compare.json says of a method: its chosen settings, the end and the curve over the seeds, and the sweep."""
+    whole = [row for row in rows if "failed" not in row]
+    over_seeds = [over(points) for points in zip(*(row["curve"] for row in whole), strict=True)]
     reached = [point["labels"]["mean"] for point in over_seeds if point["share"]["mean"] >= 0.9]
     method = METHODS[name]
     return {
         "lr": rows[0]["lr"], "strength": {method.strength: rows[0]["strength"]}, "labels_only": method.labels_only,
-        "failed": len(rows) - len(curves), "labels_to_0.9": reached[0] if reached else None, "curve": over_seeds,
+        "failed": len(rows) - len(whole), "labels_to_0.9": reached[0] if reached else None,
+        "final": over([row["final"] for row in whole]), "curve": over_seeds,
         "sweep": [
             {"lr": r["lr"], "strength": r["strength"], "failed": "failed" in r}
             | {key: r["curve"][-1][key] for key in ("share", "score", "kl") if "failed" not in r}
@@ -299,10 +301,11 @@ def summary(name: str, rows: list[dict], sweep: list[dict]) -> dict:
     }  # fmt: skip
 
 
-def spread(values: list[float]) -> dict:
-    """Mean and standard deviation over the seeds."""
-    tensor = torch.tensor(values, dtype=torch.float64)
-    return {"mean": tensor.mean().item(), "sd": tensor.std(correction=min(1, len(values) - 1)).item()}
+def over(rows: list[dict]) -> dict:
+    """Mean and standard deviation of each number over the seeds; nothing where no seed came through."""
+    columns = {key: torch.tensor([row[key] for row in rows], dtype=torch.float64) for key in (rows[0] if rows else ())}
+    one = min(1, len(rows) - 1)
+    return {key: {"mean": c.mean().item(), "sd": c.std(correction=one).item()} for key, c in columns.items()}
 
 
 def table(result: dict) -> str:
@@ -311,14 +314,14 @@ def table(result: dict) -> str:
         "| method | sees | labels to 0.9 | attained share | score | KL (nats) | win rate | on data | lr, strength |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
-    ended = {name: m["curve"][-1] for name, m in result["methods"].items() if m["curve"]}
+    ended = {name: method["final"] for name, method in result["methods"].items() if method["final"]}
     for name in sorted(ended, key=lambda name: -ended[name]["share"]["mean"]):
         method, end = result["methods"][name], ended[name]
         (strength, value), needed = *method["strength"].items(), method["labels_to_0.9"]
         cells = [f"{end[k]['mean']:.{d}f} ± {end[k]['sd']:.{d}f}" for k, d in (("share", 3), ("score", 2), ("kl", 2))]
         cells += [f"{end[key]['mean']:.1%}" for key in ("win_rate", "on_data")]
         cells += [f"{method['lr']:g}" + (f", {strength} {value:g}" if strength != "none" else "")]
-        budget = f"{needed:,.0f}" if needed else f"not within {end['labels']['mean']:,.0f}"
+        budget = f"{needed:,.0f}" if needed else f"not within {method['curve'][-1]['labels']['mean']:,.0f}"
         lines.append(" | ".join([f"| {name}", "labels" if method["labels_only"] else "scores", budget, *cells]) + " |")
     return "\n".join(lines) + "\n"
 

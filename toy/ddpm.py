@@ -13,9 +13,9 @@ from toy.worlds import ALPHA_BARS, Mixture, sample_data
 class MLP(nn.Module):
     """Noise prediction eps(x, time) for points x (B, 2) of the plane, by an MLP with three hidden layers.
 
-    The MLP predicts what the best *linear* prediction leaves over, with inputs and outputs scaled to unit variance (the
-    preconditioning of EDM, arXiv 2206.00364, Sec. 5): with ab = alpha-bar and data of variance s^2 per coordinate, x
-    has variance v = ab s^2 + 1 - ab, and  eps = sqrt(1 - ab) x / v + sqrt(ab s^2 / v) mlp(x / sqrt(v), time).
+    The MLP predicts what the best linear prediction for round, centred data leaves over, inputs and outputs scaled to
+    unit variance (the preconditioning of EDM, arXiv 2206.00364, Sec. 5): with ab = alpha-bar and data of variance s^2,
+    x has variance v = ab s^2 + 1 - ab, and  eps = sqrt(1 - ab) x / v + sqrt(ab s^2 / v) mlp(x / sqrt(v), time).
     It sees x / sqrt(v) also through sines, which makes the sharp borders between modes cheap to fit.
     """
 
@@ -84,6 +84,8 @@ class Adapter(nn.Module):
     def __init__(self, reference: Denoiser, schedule: Schedule, mixture: Mixture):
         super().__init__()
         self.reference, self.correction = reference, MLP(data_variance(mixture), width=64, frequencies=(1.5,))
+        if isinstance(reference, nn.Module):
+            reference.requires_grad_(False)
         nn.init.zeros_(self.correction.mlp[-1].weight)
         nn.init.zeros_(self.correction.mlp[-1].bias)
         self.correction.scales[:, 0] = 0  # the linear part, which the reference has already

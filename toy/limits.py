@@ -74,9 +74,8 @@ def many_labels(args: Namespace) -> list[dict]:
     for name in MANY_LABELS:
         for beta in BETAS:
             mine = [r for job, r in zip(jobs, results, strict=True) if (job.method, job.strength) == (name, beta)]
-            ended = [row["curve"][-1] for row in mine]
-            spreads = {key: compare.spread([end[key] for end in ended]) for key in ("share", "score", "kl")}
-            rows.append({"method": name, "beta": beta, "labels": ended[0]["labels"], **spreads})
+            ended = compare.over([row["final"] for row in mine])
+            rows.append({"method": name, "beta": beta, "labels": args.epochs * args.pairs, **ended})
     return rows
 
 

@@ -62,8 +62,14 @@ def solve(reference: d3po.Denoiser, schedule: d3po.Schedule, score: Score, beta:
 
 
 def attained_share(j: float, optimum: Optimum) -> float:
-    """(J - J_ref) / (J_G - J_ref): 0 for the reference, 1 for the best chain of Gaussian steps."""
-    return (j - optimum.j_ref) / (optimum.j_gauss - optimum.j_ref)
+    """(J - J_ref) / (J_G - J_ref): 0 for the reference, 1 for the best chain of Gaussian steps.
+
+    Raises ValueError where J_G is not above J_ref, so that there is nothing to attain.
+    """
+    gap = optimum.j_gauss - optimum.j_ref
+    if not gap > 0:
+        raise ValueError(f"the best chain gains {gap:.3g} over the reference: beta is too large for this score")
+    return (j - optimum.j_ref) / gap
 
 
 @torch.no_grad()

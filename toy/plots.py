@@ -155,4 +155,7 @@ def _plane(axis, preference: str):
 
 
 if __name__ == "__main__":
-    print(draw_run(Path(sys.argv[1])))
+    folder = Path(sys.argv[-1])
+    if len(sys.argv) != 2 or not (folder / "samples.npz").exists():
+        sys.exit("usage: python toy/plots.py RUN, where RUN is the folder of a finished run of train_toy.py")
+    print(draw_run(folder))

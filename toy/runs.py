@@ -30,6 +30,8 @@ def open_run(parser: Parser, settings: dict) -> dict:
     These are the settings, versions and git revision. A run that is already there is kept, as NAME.1, NAME.2, ...
     """
     out = settings["out"]
+    if not out.name:
+        parser.error(f"--out {out} is the folder you are in: give a folder for this run alone")
     try:
         if (out / "config.json").exists():
             number = next(n for n in range(1, sys.maxsize) if not out.with_name(f"{out.name}.{n}").exists())

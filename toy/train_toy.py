@@ -99,7 +99,12 @@ def main(argv: list[str] | None = None) -> None:
     reference = exact_denoiser(mixture) if args.reference == "exact" else pretrain(mixture).requires_grad_(False)
     policy = Adapter(reference, schedule, mixture)
     best = optimum.solve(reference, schedule, score, args.beta)
+    try:
+        optimum.attained_share(best.j_ref, best)
+    except ValueError as error:
+        parser.error(str(error))
     runs.save_json(out / "config.json", config | {"optimum": best.numbers()})
+    runs.save_tensors(out / "policy.pt", policy.state_dict())
 
     loss = LOSSES[args.loss]
 
@@ -123,6 +128,8 @@ def main(argv: list[str] | None = None) -> None:
                 "attained_share": optimum.attained_share(now.j, best), "accuracy": done.accuracy,
                 "margin": args.beta * done.margin, "loss": done.loss, "labels": done.labels,
             }  # fmt: skip
+            if not all(math.isfinite(value) for value in row.values()):
+                raise FloatingPointError(f"epoch {epoch}: what its chains measure is not finite any more")
             runs.append(out / "metrics.jsonl", [row])
             runs.append(out / "labels.jsonl", comparisons(epoch, done.new))
             runs.save_tensors(out / "policy.pt", policy.state_dict())
@@ -147,10 +154,10 @@ def print_table(after: Measured, before: Measured, best: optimum.Optimum) -> Non
     share = partial(optimum.attained_share, optimum=best)
     print(f"{'':32}{'before':>9}{'after':>9}{'best means':>13}{'exact optimum':>15}")
     for name, *values in (
-        ("mean score", before.score, after.score, best.score_gauss, best.score_star),
-        ("KL to the reference (nats)", before.kl, after.kl, best.kl_gauss, best.kl_star),
-        ("J = mean score - beta KL", before.j, after.j, best.j_gauss, best.j_star),
-        ("attained share", share(before.j), share(after.j), share(best.j_gauss), share(best.j_star)),
+        ("mean score", best.j_ref, after.score, best.score_gauss, best.score_star),
+        ("KL to the reference (nats)", 0.0, after.kl, best.kl_gauss, best.kl_star),
+        ("J = mean score - beta KL", best.j_ref, after.j, best.j_gauss, best.j_star),
+        ("attained share", 0.0, share(after.j), 1.0, share(best.j_star)),
         ("win rate against before", before.win_rate, after.win_rate),
         ("samples within 3 sd of a mode", before.on_data, after.on_data),
     ):
