@@ -2,10 +2,11 @@
 
 Both train the same policy, a copy of the toy's network (all weights) or the toy's adapter on it, on the same chains and
 pairs with the same loss; before timing, their gradients are compared. The released structure runs four forwards a step,
-policy and reference on the winners and on the losers, and updates once a chain. Here a step is one forward and one
-update (Alg. 1 line 33); the log-probs of the reference are those of sampling (a moving reference) or computed once a
-chain (a fixed one). One thread; both sides run in turn, and a ratio is that of two neighbours in time. The last column
-gives the released structure the T updates of Alg. 1 as well.
+policy and reference on the winners and on the losers, and updates once a pair. Here a step is one forward, one update
+(Alg. 1 line 33) for all pairs; the log-probs of the reference are those of sampling (a moving reference) or computed
+once a chain (a fixed one). Three columns: the released structure as it is, pair after pair (timed for few pairs only);
+given batches like ours; and given batches and the T updates of Alg. 1. One thread; all sides run in turn, and a ratio
+is that of neighbours in time.
 """
 
 import copy
@@ -23,7 +24,7 @@ import d3po
 from toy import ddpm, worlds
 from toy.align import MAX_GRAD_NORM
 
-T, BETA, ROUNDS = 20, 0.3, 21
+T, BETA, ROUNDS, FEW = 20, 0.3, 21, 16
 SCHEDULE = d3po.make_schedule(worlds.ALPHA_BARS, T)
 
 
@@ -48,8 +49,8 @@ def released_losses(policy, reference, chains, pairs):
 class Side:
     """One side of the race, with a policy and an optimizer of its own."""
 
-    def __init__(self, losses, net, reference, each_step):
-        self.losses, self.reference, self.each_step = losses, reference, each_step
+    def __init__(self, losses, net, reference, each_step, batch=None):
+        self.losses, self.reference, self.each_step, self.batch = losses, reference, each_step, batch
         self.policy = copy.deepcopy(net)
         self.weights = [p for p in self.policy.parameters() if p.requires_grad]
         self.optimizer = torch.optim.Adam(self.weights, 1e-5)
@@ -60,16 +61,15 @@ class Side:
         self.optimizer.zero_grad()
 
     def epoch(self, chains, pairs):
-        """Train once on the chains, sampling them first where these are only an x_T; return the milliseconds."""
+        """Train once on all pairs, `batch` at a time; return the milliseconds."""
         start = time.perf_counter()
-        if not isinstance(chains, d3po.Trajectory):
-            chains = d3po.rollout(self.policy, SCHEDULE, chains)
-        for loss in self.losses(self.policy, self.reference, chains, pairs):
-            loss.backward()
-            if self.each_step:
+        for some in pairs.split(self.batch or len(pairs)):
+            for loss in self.losses(self.policy, self.reference, chains, some):
+                loss.backward()
+                if self.each_step:
+                    self.update()
+            if not self.each_step:
                 self.update()
-        if not self.each_step:
-            self.update()
         return 1e3 * (time.perf_counter() - start)
 
 
@@ -85,8 +85,8 @@ def check_same_gradient(net, reference, frozen, chains, pairs):
     assert (ours - theirs).norm() < 1e-3 * theirs.norm()  # float32 sums over 512 chains in another order
 
 
-def race(net, fixed, K, groups, with_rollout):
-    """Milliseconds (ROUNDS, 3): here, the released structure, and that with T updates."""
+def race(net, fixed, K, groups):
+    """Milliseconds (ROUNDS, 3 or 4): here, the released structure in batches, with T updates, and pair after pair."""
     frozen = copy.deepcopy(net).requires_grad_(False)
     reference = frozen if fixed else None
     x_T = torch.randn(groups, 2).repeat_interleave(K, 0)
@@ -94,8 +94,9 @@ def race(net, fixed, K, groups, with_rollout):
     pairs = torch.tensor([(K * n + a, K * n + b) for n in range(groups) for a, b in combinations(range(K), 2)])
     check_same_gradient(net, reference, frozen, chains, pairs)
     sides = [Side(our_losses, net, reference, True), *(Side(released_losses, net, frozen, e) for e in (False, True))]
-    given = x_T if with_rollout else chains
-    times = [[side.epoch(given, pairs) for side in sides] for _ in range(ROUNDS + 2)]
+    if len(pairs) <= FEW:
+        sides.append(Side(released_losses, net, frozen, False, batch=1))
+    times = [[side.epoch(chains, pairs) for side in sides] for _ in range(ROUNDS + 2)]
     return torch.tensor(times)[2:]  # the first two rounds warm up
 
 
@@ -106,19 +107,18 @@ def main():
     net = ddpm.pretrain(ring, steps=300, progress=False)  # the speed does not depend on how well it is trained
     adapter = ddpm.Adapter(copy.deepcopy(net).requires_grad_(False), SCHEDULE, ring)
     nn.init.normal_(adapter.correction.mlp[-1].weight, std=0.1)
-    print(f"T = {T}, {ROUNDS} rounds, one thread, torch {torch.__version__}. Milliseconds an epoch: median;")
-    print("ratio released / here: median (quartiles).\n")
-    print(f"{'policy':9}{'reference':11}{'chains':9}{'pairs':7}{'timed':15}{'here':>6}{'released':>10}   ratio", end="")
-    print(f"{'ratio with T updates':>37}")
-    for K, groups in ((2, 256), (2, 16), (7, 37)):
-        for policy, fixed, rollout in product((net, adapter), (False, True), (False, True)):
-            times = race(policy, fixed, K, groups, rollout)
-            here, released, _ = times.median(0).values.tolist()
-            setting = f"{'adapter' if policy is adapter else 'network':9}{'fixed' if fixed else 'moving':11}"
-            setting += f"{f'{groups} x {K}':9}{groups * K * (K - 1) // 2:<7}{'rollout, loss' if rollout else 'loss':15}"
-            ratios = (times[:, 1:] / times[:, :1]).quantile(torch.tensor([0.5, 0.25, 0.75]), dim=0).T.tolist()
-            columns = "   ".join(f"{f'{m:.2f} ({a:.2f} to {b:.2f})':20}" for m, a, b in ratios)
-            print(f"{setting}{here:6.1f}{released:10.1f}   {columns}")
+    print(f"T = {T}, {ROUNDS} rounds, one thread, torch {torch.__version__}. Time of an epoch, released / here:")
+    print("median (quartiles). `here` is in milliseconds.\n")
+    heads = ("pair after pair", "batches like ours", "and T updates")
+    print(f"{'policy':9}{'reference':11}{'chains':10}{'pairs':7}{'here':7}" + "".join(f"{head:25}" for head in heads))
+    for (K, groups), policy, fixed in product(((2, FEW), (2, 256), (7, 37)), (net, adapter), (False, True)):
+        times = race(policy, fixed, K, groups)
+        ratios = (times[:, 1:] / times[:, :1]).quantile(torch.tensor([0.5, 0.25, 0.75]), dim=0).T.tolist()
+        cells = [f"{m:.2f} ({a:.2f} to {b:.2f})" for m, a, b in ratios]
+        cells = [cells[2] if len(cells) == 3 else "-", *cells[:2]]
+        setting = f"{'adapter' if policy is adapter else 'network':9}{'fixed' if fixed else 'moving':11}"
+        setting += f"{f'{groups} x {K}':10}{groups * K * (K - 1) // 2:<7}{times[:, 0].median():<7.1f}"
+        print(setting + "".join(f"{cell:25}" for cell in cells))
 
 
 if __name__ == "__main__":
