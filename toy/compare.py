@@ -270,6 +270,7 @@ def train(job: Job, work: Path) -> dict:
                 result["curve"].append({"labels": done.labels, **measured(1000, 7 + job.seed % SWEEP_SEED)[1]})
         points, result["final"] = measured(10_000, 1000 + job.seed)
         result["points"] = points[:500].tolist()
+        runs.save_tensors(place(work, "policy", job), policy.state_dict())
     except FloatingPointError as error:
         result["failed"] = str(error)
     result = rounded(result)
@@ -286,8 +287,11 @@ def final_share(row: dict) -> float:
 def summary(name: str, rows: list[dict], sweep: list[dict]) -> dict:
     """What compare.json says of a method: its chosen settings, the end and the curve over the seeds, and the sweep."""
     whole = [row for row in rows if "failed" not in row]
-    over_seeds = [over(points) for points in zip(*(row["curve"] for row in whole), strict=True)]
-    reached = [point["labels"]["mean"] for point in over_seeds if point["share"]["mean"] >= 0.9]
+    over_seeds = [
+        {"labels": points[0]["labels"], **over([{key: p[key] for key in ("share", "score")} for p in points])}
+        for points in zip(*(row["curve"] for row in whole), strict=True)
+    ]
+    reached = [point["labels"] for point in over_seeds if point["share"]["mean"] >= 0.9]
     method = METHODS[name]
     return {
         "lr": rows[0]["lr"], "strength": {method.strength: rows[0]["strength"]}, "labels_only": method.labels_only,
@@ -321,7 +325,7 @@ def table(result: dict) -> str:
         cells = [f"{end[k]['mean']:.{d}f} ± {end[k]['sd']:.{d}f}" for k, d in (("share", 3), ("score", 2), ("kl", 2))]
         cells += [f"{end[key]['mean']:.1%}" for key in ("win_rate", "on_data")]
         cells += [f"{method['lr']:g}" + (f", {strength} {value:g}" if strength != "none" else "")]
-        budget = f"{needed:,.0f}" if needed else f"not within {method['curve'][-1]['labels']['mean']:,.0f}"
+        budget = f"{needed:,}" if needed else f"not within {method['curve'][-1]['labels']:,}"
         lines.append(" | ".join([f"| {name}", "labels" if method["labels_only"] else "scores", budget, *cells]) + " |")
     return "\n".join(lines) + "\n"
 

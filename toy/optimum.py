@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 
 import d3po
+from toy.ddpm import mean_slope
+from toy.measure import step_kl
 
 Score = Callable[[Tensor], Tensor]  # (B, 2) -> (B,): higher is better
 
@@ -98,11 +100,10 @@ def sample_optimum(reference: d3po.Denoiser, schedule: d3po.Schedule, score: Sco
 def gaussian_policy(reference: d3po.Denoiser, schedule: d3po.Schedule, optimum: Optimum) -> d3po.Denoiser:
     """The denoiser whose chain attains J_G: the reference's noise prediction, moved so that the mean moves by shift.
 
-    Eq. 2 is affine in eps, mu = a x + c eps with c = sqrt(1 - ab_prev - sigma^2) - sqrt(ab_prev (1 - ab) / ab), and
-    c < 0 because ab_prev > ab: the prediction moves by shift / c. It knows the times of this schedule only (KeyError).
+    Eq. 2 is affine in eps, mu = a x + c eps with c = `mean_slope` < 0: the prediction moves by shift / c. It knows the
+    times of this schedule only (KeyError).
     """
-    ab, ab_prev = schedule.alpha_bar.double(), schedule.alpha_bar_prev.double()
-    c = (1 - ab_prev - schedule.sigma.double() ** 2).clamp(min=0).sqrt() - (ab_prev * (1 - ab) / ab).sqrt()
+    c = mean_slope(schedule)
     step = {time: i for i, time in enumerate(schedule.timesteps.tolist())}
 
     def denoise(x: Tensor, time: Tensor, cond=None) -> Tensor:
@@ -114,12 +115,29 @@ def gaussian_policy(reference: d3po.Denoiser, schedule: d3po.Schedule, optimum: 
 
 
 @torch.no_grad()
+def evaluate(policy: d3po.Denoiser, reference: d3po.Denoiser, schedule: d3po.Schedule, score: Score,
+             spacing: float = 0.05, half_width: float = 5.0) -> tuple[float, float]:
+    """Mean score and KL (nats) of a denoiser's chain by the same quadrature: exact where sampling would be noisy.
+
+        R_T = r,  R_i(x) = E R_{i+1}(mu + sigma_i z);    K_T = 0,  K_i(x) = KL_i(x) + E K_{i+1}(mu + sigma_i z)
+
+    with KL_i = |mu - mu_ref|^2 / (2 sigma_i^2). Arguments as in `solve`.
+    """
+    axis, grid, r = _grid(score, spacing, half_width)
+    tables = torch.stack([r, torch.zeros_like(r)])
+    for i in reversed(range(len(schedule.sigma))):
+        mean = d3po.policy_mean(policy, schedule, i, grid.float()).double()
+        smooth = _smoother(axis, axis, schedule.sigma[i].item())
+        tables = interpolate(smooth @ tables @ smooth.T, axis, mean).view(tables.shape)
+        tables[1] += step_kl(policy, reference, schedule, i, grid.float()).view(r.shape)
+    start = _smoother(axis, axis.new_zeros(1), 1.0)  # x_T ~ N(0, I)
+    return tuple((start @ tables @ start.T).flatten().tolist())
+
+
+@torch.no_grad()
 def _solve(reference, schedule, score, beta, spacing, half_width) -> Optimum:
     """Both recursions on one grid, from the last action to the first; the error is left open."""
-    half = round(half_width / spacing)
-    axis = spacing * torch.arange(-half, half + 1, dtype=torch.float64)
-    grid = torch.cartesian_prod(axis, axis)
-    r = score(grid).double().view(len(axis), -1)
+    axis, grid, r = _grid(score, spacing, half_width)
     ref = v = star = w = gauss = r  # E_ref[r], V, E*[r], W, E_G[r], each given the state before the action in hand
     values, shifts = [v], []
     for i in reversed(range(len(schedule.sigma))):
@@ -141,6 +159,14 @@ def _solve(reference, schedule, score, beta, spacing, half_width) -> Optimum:
     kl_star, kl_gauss = (score_star - j_star) / beta, (score_gauss - j_gauss) / beta
     tables = torch.stack(values[::-1]), torch.stack(shifts[::-1]), axis
     return Optimum(j_ref, j_star, score_star, kl_star, j_gauss, score_gauss, kl_gauss, float("nan"), *tables)
+
+
+def _grid(score: Score, spacing: float, half_width: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The axis (G,), the points (G^2, 2) of the square grid, and their scores (G, G), all float64."""
+    half = round(half_width / spacing)
+    axis = spacing * torch.arange(-half, half + 1, dtype=torch.float64)
+    grid = torch.cartesian_prod(axis, axis)
+    return axis, grid, score(grid).double().view(len(axis), -1)
 
 
 def _tilt(v: Tensor, star: Tensor, beta: float, cubic: Tensor, linear: Tensor) -> tuple[Tensor, Tensor]:

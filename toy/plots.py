@@ -88,11 +88,11 @@ def draw_comparison(result: dict, points: dict[str, list], out: Path) -> list[Pa
     optimum = next(row for row in result["frontier"] if row["beta"] == result["settings"]["beta"])
     seeds = f"{len(result['seeds'])} seeds"
 
-    figure, axes = plt.subplots(1, 2, figsize=(13, 5), layout="constrained", sharey=True)
+    figure, axes = plt.subplots(1, 2, figsize=(13, 6.5), layout="constrained", sharey=True)
     for axis, labels_only in zip(axes, (True, False), strict=True):
         for name, method in result["methods"].items():
             if method["labels_only"] == labels_only and method["curve"]:
-                samples = [2 * point["labels"]["mean"] for point in method["curve"]]
+                samples = [2 * point["labels"] for point in method["curve"]]
                 mean, sd = (np.array([point["score"][k] for point in method["curve"]]) for k in ("mean", "sd"))
                 line, colour = style[name]
                 axis.plot(samples, mean, line, color=colour, label=name)
@@ -100,7 +100,7 @@ def draw_comparison(result: dict, points: dict[str, list], out: Path) -> list[Pa
         axis.axhline(optimum["j_ref"], color="grey", linestyle=":", label="reference")
         axis.axhline(optimum["score_star"], color="black", linestyle=":", label="exact optimum")
         axis.set(xlabel="sampled chains", title="knows labels" if labels_only else "knows scores")
-        axis.legend(fontsize=8)
+        axis.legend(fontsize=8, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.12))
     axes[0].set_ylabel(f"mean score (mean ± sd, {seeds})")
     figure.suptitle(f"Score against samples (the paper's Fig. 3) at each method's best J, beta = {optimum['beta']:g}")
 
