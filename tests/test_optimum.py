@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import d3po
-from toy import optimum, worlds
+from toy import ddpm, optimum, worlds
 
 RING = worlds.exact_denoiser(worlds.MIXTURES["ring"])
 ONE_STEP = d3po.Schedule(torch.tensor([300]), torch.tensor([0.3]), torch.tensor([0.9]), torch.tensor([0.4]))
@@ -91,6 +91,27 @@ def test_chains_of_the_optimal_means_attain_j_gauss(problem):
     for name, sample, unit in zip(("score", "kl", "j"), sampled, (1, beta, 1), strict=True):
         mean, se = mean_and_error(sample)
         assert abs(mean - best.numbers()[f"{name}_gauss"]) < 3 * se + best.error / unit
+
+
+def test_evaluate_knows_the_reference_and_the_best_means(problem):
+    sched, _, best = problem
+    assert optimum.evaluate(RING, RING, sched, worlds.reach) == pytest.approx((best.j_ref, 0), abs=1e-9)
+    policy = optimum.gaussian_policy(RING, sched, best)
+    # the same recursion; only the float32 of the policy's noise prediction is new
+    expected = best.score_gauss, best.kl_gauss
+    assert optimum.evaluate(policy, RING, sched, worlds.reach) == pytest.approx(expected, abs=1e-4)
+
+
+def test_evaluate_is_what_sampled_chains_average_to():
+    torch.manual_seed(0)
+    policy = ddpm.Adapter(RING, schedule(10), worlds.MIXTURES["ring"])
+    torch.nn.init.normal_(policy.correction.mlp[-1].weight, std=0.3)
+    exact = optimum.evaluate(policy, RING, schedule(10), worlds.reach)
+    x_T = torch.randn(40_000, 2, generator=seeded(8))
+    sampled = objective(policy, RING, schedule(10), worlds.reach, 1.0, x_T, seed=9)
+    for value, sample in zip(exact, sampled, strict=False):
+        mean, se = mean_and_error(sample)
+        assert abs(value - mean) < 3 * se + 0.003  # and the quadrature's own error at this spacing
 
 
 @pytest.mark.parametrize("factor", [0.7, 1.3])
