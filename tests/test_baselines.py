@@ -136,8 +136,14 @@ def test_reward_weighted_at_low_temperature_denoises_the_best_sample_only(sample
 def test_preferred_samples_are_denoised_and_others_not(sampled):
     policy, chains, _, pairs = sampled
     torch.manual_seed(1)
-    losses = torch.stack(list(baselines.preferred_losses(policy, SCHEDULE, chains, pairs)))
+    losses = torch.stack(list(baselines.preferred_losses(policy, REFERENCE, SCHEDULE, chains, pairs, 0.0)))
     torch.testing.assert_close(losses, plain_denoising(policy, chains.x[-1, pairs[:, 0]]))
+    anchored = losses_in_order(
+        lambda: baselines.preferred_losses(policy, REFERENCE, SCHEDULE, chains, pairs, 2.0), seed=1
+    )
+    for (i, loss), plain in zip(anchored.items(), losses, strict=True):
+        kl = step_kl(policy, REFERENCE, SCHEDULE, i, chains.x[i, pairs[:, 0]]).mean()
+        torch.testing.assert_close(loss, plain + 2 * kl)
 
 
 def test_diffusion_dpo_is_log_2_at_the_reference_and_antisymmetric(sampled):
@@ -180,7 +186,7 @@ def test_every_baseline_moves_the_adapter_and_never_the_reference(sampled):
         lambda p: baselines.ddpo_losses(p, SCHEDULE, chains, scores, 0.1),
         lambda p: baselines.dpok_losses(p, REFERENCE, SCHEDULE, chains, scores, 0.3),
         lambda p: baselines.reward_weighted_losses(p, SCHEDULE, chains, scores, 1.0),
-        lambda p: baselines.preferred_losses(p, SCHEDULE, chains, pairs),
+        lambda p: baselines.preferred_losses(p, REFERENCE, SCHEDULE, chains, pairs, 0.1),
         lambda p: baselines.diffusion_dpo_losses(p, REFERENCE, SCHEDULE, chains, pairs, 1.0),
     ):
         policy = a_policy()

@@ -57,11 +57,18 @@ def reward_weighted_losses(policy: Denoiser, schedule: Schedule, chains: Traject
         yield (weight * _denoising_error(policy, schedule, i, chains.x[-1], torch.randn_like(chains.x[-1]))).mean()
 
 
-def preferred_losses(policy: Denoiser, schedule: Schedule, chains: Trajectory, pairs: Tensor) -> Iterator[Tensor]:
-    """Supervised fine-tuning on the preferred samples: denoising of the winners (paper, Table 1 b)."""
-    winners = chains.x[-1, pairs[:, 0]]
+def preferred_losses(policy: Denoiser, reference: Denoiser, schedule: Schedule, chains: Trajectory, pairs: Tensor,
+                     kl_weight: float) -> Iterator[Tensor]:
+    """Supervised fine-tuning on the preferred samples (paper, Table 1 b): denoising of the winners.
+
+        L_i = mean |eps - eps_theta(sqrt(ab) x_0 + sqrt(1 - ab) eps)|^2 + kl_weight mean KL_i
+
+    The paper's is kl_weight = 0. Without an anchor it does not know where to stop, so this one can have DPOK's.
+    """
+    winners = chains.x[:, pairs[:, 0]]
     for i in _random_order(schedule):
-        yield _denoising_error(policy, schedule, i, winners, torch.randn_like(winners)).mean()
+        error = _denoising_error(policy, schedule, i, winners[-1], torch.randn_like(winners[-1]))
+        yield (error + kl_weight * step_kl(policy, reference, schedule, i, winners[i])).mean()
 
 
 def diffusion_dpo_losses(policy: Denoiser, reference: Denoiser, schedule: Schedule, chains: Trajectory, pairs: Tensor,

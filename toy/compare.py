@@ -75,9 +75,9 @@ def dpok(beta, reference) -> Losses:
     )
 
 
-def preferred(strength, reference) -> Losses:
+def preferred(kl_weight, reference) -> Losses:
     return lambda policy, schedule, seen: baselines.preferred_losses(
-        policy, schedule, seen.chains, d3po.pairs_from_feedback(seen.h)
+        policy, reference, schedule, seen.chains, d3po.pairs_from_feedback(seen.h), kl_weight
     )
 
 
@@ -100,7 +100,7 @@ METHODS = {
     "Eq. 12": Method(by_pairs(eq12), True, "beta", BETAS),
     "Eq. 12, moving reference": Method(by_pairs(eq12), True, "beta", BETAS, moving=True),
     "Diffusion-DPO": Method(diffusion_dpo, True, "beta", (1.0, 10.0, 100.0, 1000.0)),
-    "preferred samples (SFT)": Method(preferred, True, "none", (0.0,)),
+    "preferred samples (SFT)": Method(preferred, True, "KL weight", (0.0, 0.1, 0.3, 1.0)),
     "DDPO": Method(by_scores(baselines.ddpo_losses), True, "clip", (0.001, 0.01, 0.1, 0.3), labels_only=False),
     "DPOK": Method(dpok, False, "beta", BETAS, labels_only=False),
     "Reward Weighted": Method(
@@ -182,7 +182,7 @@ def main(argv: list[str] | None = None) -> None:
         Job(name, lr, strength, SWEEP_SEED, settings)
         for name, method in METHODS.items()
         for lr in STEP_SIZES[method.each_step][tried]
-        for strength in method.strengths[tried] or method.strengths
+        for strength in method.strengths[tried]
     ]
     sweep = [row | job._asdict() for job, row in zip(grid, run_all("sweep", train, grid, args), strict=True)]
     best = {name: max((r for r in sweep if r["method"] == name), key=final_share) for name in METHODS}
@@ -324,7 +324,7 @@ def table(result: dict) -> str:
         (strength, value), needed = *method["strength"].items(), method["labels_to_0.9"]
         cells = [f"{end[k]['mean']:.{d}f} ± {end[k]['sd']:.{d}f}" for k, d in (("share", 3), ("score", 2), ("kl", 2))]
         cells += [f"{end[key]['mean']:.1%}" for key in ("win_rate", "on_data")]
-        cells += [f"{method['lr']:g}" + (f", {strength} {value:g}" if strength != "none" else "")]
+        cells += [f"{method['lr']:g}, {strength} {value:g}"]
         budget = f"{needed:,}" if needed else f"not within {method['curve'][-1]['labels']:,}"
         lines.append(" | ".join([f"| {name}", "labels" if method["labels_only"] else "scores", budget, *cells]) + " |")
     return "\n".join(lines) + "\n"
