@@ -128,6 +128,8 @@ def parse(argv: list[str] | None) -> Namespace:
     parser.add_argument("--epochs", type=int, default=100)
     parser.add_argument("--pairs", type=int, default=128, help="pairs of chains, and labels, an epoch")
     args = parse_budget(parser, argv)
+    if args.epochs < 1:
+        parser.error(f"--epochs {args.epochs}: give 1 or more")
     if not 0 < args.beta < math.inf:
         parser.error(f"--beta {args.beta}: give a positive number")
     try:
@@ -144,7 +146,7 @@ def parse_budget(parser: runs.Parser, argv: list[str] | None) -> Namespace:
     parser.add_argument("--work", type=Path, default=Path("runs/compare"), help="results of single runs, for a resume")
     parser.add_argument("--out", type=Path, help="default toy/results, with --quick the --work folder")
     args = parser.parse_args(argv)
-    for name in ("epochs", "pairs", "processes"):
+    for name in ("pairs", "processes"):
         if (value := getattr(args, name)) < 1:
             parser.error(f"--{name} {value}: give 1 or more")
     args.pretrain_steps = 8000

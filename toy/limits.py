@@ -22,13 +22,14 @@ from toy.align import align
 from toy.ddpm import Adapter, mean_slope
 from toy.worlds import ALPHA_BARS, MIXTURES, SCORES, exact_denoiser
 
-BETAS, SEEDS = (1.0, 0.3), (0, 1, 2)
+EPOCHS = {1.0: 350, 0.3: 250}  # of the runs with many labels, by beta: a larger beta needs more labels
+BETAS, SEEDS = tuple(EPOCHS), (0, 1, 2)
 MANY_LABELS = {"whole chain, stored pairs": 4e-3, "Eq. 14 (D3PO)": 1e-3}  # method of compare.py: step size
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = runs.Parser(prog="limits.py", description=__doc__.splitlines()[0])
-    parser.add_argument("--epochs", type=int, default=250, help="of the runs with many labels")
+    parser.set_defaults(epochs=None)
     parser.add_argument("--pairs", type=int, default=1024, help="labels an epoch of the runs with many labels")
     args = compare.parse_budget(parser, argv)
     torch.set_num_threads(1)
@@ -56,8 +57,9 @@ def steps(numbers: tuple[int, ...]) -> list[dict]:
 
 
 def settings(beta: float, args: Namespace) -> tuple:
-    world = {"mixture": "ring", "preference": "reach", "beta": beta, "num_steps": 20}
-    return tuple((world | {name: getattr(args, name) for name in ("epochs", "pairs", "pretrain_steps")}).items())
+    epochs = args.epochs or EPOCHS[beta]
+    world = {"mixture": "ring", "preference": "reach", "beta": beta, "num_steps": 20, "epochs": epochs}
+    return tuple((world | {name: getattr(args, name) for name in ("pairs", "pretrain_steps")}).items())
 
 
 def many_labels(args: Namespace) -> list[dict]:
@@ -75,7 +77,8 @@ def many_labels(args: Namespace) -> list[dict]:
     for name in MANY_LABELS:
         for beta in BETAS:
             mine = [r for job, r in zip(jobs, results, strict=True) if (job.method, job.strength) == (name, beta)]
-            rows.append({"method": name, "beta": beta, "labels": args.epochs * args.pairs, **compare.over(mine)})
+            labels = dict(settings(beta, args))["epochs"] * args.pairs
+            rows.append({"method": name, "beta": beta, "labels": labels, **compare.over(mine)})
     return rows
 
 

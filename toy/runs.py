@@ -59,6 +59,11 @@ def save_tensors(path: Path, content: dict) -> None:
     _replace(path, lambda part: torch.save(content, part))
 
 
+def save_lines(path: Path, rows: list[dict]) -> None:
+    """Write one JSON object a line, in the same all-or-nothing way."""
+    _replace(path, lambda part: part.write_text("".join(json.dumps(row) + "\n" for row in rows)))
+
+
 def append(path: Path, rows: list[dict]) -> None:
     """Append one JSON object a line, and flush."""
     with path.open("a") as file:
