@@ -35,6 +35,16 @@ class Comparisons(NamedTuple):
 Losses = Callable[[d3po.Denoiser, d3po.Schedule, Comparisons], Iterator[Tensor]]
 
 
+def by_pairs(function: Callable[..., Iterator[Tensor]], beta: float, **options) -> Losses:
+    """A loss of d3po.py, such as d3po_losses, on the labelled pairs."""
+
+    def losses(policy, schedule, seen):
+        pairs = d3po.pairs_from_feedback(seen.h)
+        return function(policy, schedule, seen.chains, pairs, beta, seen.ref_log_prob, **options)
+
+    return losses
+
+
 class Epoch(NamedTuple):
     """What `align` tells after each epoch; accuracy and margin were taken before it trained on these pairs."""
 

@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository: 
 
 import d3po
 from toy import baselines, optimum, plots, runs
-from toy.align import Losses, align
+from toy.align import Losses, align, by_pairs
 from toy.ddpm import MLP, Adapter, data_variance, pretrain
 from toy.measure import measure, sample
 from toy.worlds import ALPHA_BARS, MIXTURES, SCORES
@@ -49,15 +49,9 @@ class Method(NamedTuple):
     labels_only: bool = True  # sees preferences, not scores
 
 
-def by_pairs(function, **options) -> Callable[[float, d3po.Denoiser], Losses]:
+def preferences(function, **options) -> Callable[[float, d3po.Denoiser], Losses]:
     """A loss of d3po.py whose strength is its beta."""
-
-    def losses(beta, reference):
-        return lambda policy, schedule, seen: function(
-            policy, schedule, seen.chains, d3po.pairs_from_feedback(seen.h), beta, seen.ref_log_prob, **options
-        )
-
-    return losses
+    return lambda beta, reference: by_pairs(function, beta, **options)
 
 
 def by_scores(function) -> Callable[[float, d3po.Denoiser], Losses]:
@@ -90,15 +84,15 @@ def diffusion_dpo(beta, reference) -> Losses:
 eq14, eq12, chain = d3po.d3po_losses, partial(d3po.d3po_losses, steps=[0]), d3po.chain_dpo_losses
 BETAS = (0.1, 0.2, 0.3, 0.6)
 METHODS = {
-    "whole chain, stored pairs": Method(by_pairs(chain), False, "beta", BETAS, replay=3),
-    "whole chain (Eq. 5)": Method(by_pairs(chain), False, "beta", BETAS),
-    "whole chain, moving reference": Method(by_pairs(chain), False, "beta", BETAS, moving=True),
-    "Eq. 14, stored pairs": Method(by_pairs(eq14), True, "beta", BETAS, replay=3),
-    "Eq. 14 (D3PO)": Method(by_pairs(eq14), True, "beta", BETAS),
-    "Eq. 14, moving reference": Method(by_pairs(eq14), True, "beta", BETAS, moving=True),
-    "Eq. 14, released clamp": Method(by_pairs(eq14, clip=CLIP), True, "beta", BETAS),
-    "Eq. 12": Method(by_pairs(eq12), True, "beta", BETAS),
-    "Eq. 12, moving reference": Method(by_pairs(eq12), True, "beta", BETAS, moving=True),
+    "whole chain, stored pairs": Method(preferences(chain), False, "beta", BETAS, replay=3),
+    "whole chain (Eq. 5)": Method(preferences(chain), False, "beta", BETAS),
+    "whole chain, moving reference": Method(preferences(chain), False, "beta", BETAS, moving=True),
+    "Eq. 14, stored pairs": Method(preferences(eq14), True, "beta", BETAS, replay=3),
+    "Eq. 14 (D3PO)": Method(preferences(eq14), True, "beta", BETAS),
+    "Eq. 14, moving reference": Method(preferences(eq14), True, "beta", BETAS, moving=True),
+    "Eq. 14, released clamp": Method(preferences(eq14, clip=CLIP), True, "beta", BETAS),
+    "Eq. 12": Method(preferences(eq12), True, "beta", BETAS),
+    "Eq. 12, moving reference": Method(preferences(eq12), True, "beta", BETAS, moving=True),
     "Diffusion-DPO": Method(diffusion_dpo, True, "beta", (1.0, 10.0, 100.0, 1000.0)),
     "preferred samples (SFT)": Method(preferred, True, "KL weight", (0.0, 0.1, 0.3, 1.0)),
     "DDPO": Method(by_scores(baselines.ddpo_losses), True, "clip", (0.001, 0.01, 0.1, 0.3), labels_only=False),
@@ -191,11 +185,11 @@ def main(argv: list[str] | None = None) -> None:
     finals = [Job(name, best[name]["lr"], best[name]["strength"], seed, settings) for name in METHODS for seed in seeds]
     rows = [row | job._asdict() for job, row in zip(finals, run_all("seeds", train, finals, args), strict=True)]
 
-    reference, exact = load(seeds[0], settings, args.work)
-    schedule = d3po.make_schedule(ALPHA_BARS, args.num_steps)
-    frontier = []
-    for beta in tqdm((args.beta, 2.0) if args.quick else (0.1, 0.2, 0.3, 0.5, 1.0, 2.0, 5.0), "frontier"):
-        frontier.append({"beta": beta, **optimum.solve(reference, schedule, SCORES[args.preference], beta).numbers()})
+    reference, _ = load(seeds[0], settings, args.work)
+    schedule, score = d3po.make_schedule(ALPHA_BARS, args.num_steps), SCORES[args.preference]
+    betas = sorted({args.beta, 2.0} if args.quick else {args.beta, 0.1, 0.2, 0.3, 0.5, 1.0, 2.0, 5.0})
+    exact = {beta: optimum.solve(reference, schedule, score, beta) for beta in tqdm(betas, "frontier")}
+    frontier = [{"beta": beta, **best.numbers()} for beta, best in exact.items()]
 
     result = {
         "command": "python toy/compare.py" + (" --quick" if args.quick else ""),
@@ -207,8 +201,7 @@ def main(argv: list[str] | None = None) -> None:
     print(table(result))
     points = {name: next(r["points"] for r in rows if r["method"] == name) for name in METHODS}
     x_T = torch.randn(500, 2, generator=torch.Generator().manual_seed(0))
-    exact = optimum.solve(reference, schedule, SCORES[args.preference], args.beta)
-    chains = optimum.sample_optimum(reference, schedule, SCORES[args.preference], args.beta, exact, x_T)
+    chains = optimum.sample_optimum(reference, schedule, score, args.beta, exact[args.beta], x_T)
     points["exact optimum"] = chains[-1].tolist()
     for path in plots.draw_comparison(result, points, args.out):
         print(path)

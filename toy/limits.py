@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository: 
 
 import d3po
 from toy import compare, optimum, runs
-from toy.align import align
+from toy.align import align, by_pairs
 from toy.ddpm import Adapter, mean_slope
 from toy.worlds import ALPHA_BARS, MIXTURES, SCORES, exact_denoiser
 
@@ -104,11 +104,7 @@ def blow_up(args: Namespace) -> list[dict]:
     schedule = d3po.make_schedule(ALPHA_BARS, 20)
     slope = (mean_slope(schedule) / schedule.sigma).abs()
 
-    def eq14(policy, schedule, seen):
-        return d3po.d3po_losses(
-            policy, schedule, seen.chains, d3po.pairs_from_feedback(seen.h), 0.3, seen.ref_log_prob
-        )
-
+    eq14 = by_pairs(d3po.d3po_losses, 0.3)
     rows = []
     for name, policy in (
         ("all weights", copy.deepcopy(reference).requires_grad_(True)),

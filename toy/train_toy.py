@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository: 
 
 import d3po
 from toy import optimum, plots, runs
-from toy.align import Comparisons, align
+from toy.align import Comparisons, align, by_pairs
 from toy.ddpm import Adapter, pretrain
 from toy.measure import Measured, measure, sample
 from toy.worlds import ALPHA_BARS, MIXTURES, SCORES, exact_denoiser, sample_data
@@ -107,10 +107,7 @@ def main(argv: list[str] | None = None) -> None:
     runs.save_tensors(out / "policy.pt", policy.state_dict())
 
     loss = LOSSES[args.loss]
-
-    def losses(policy, schedule, seen: Comparisons):
-        pairs = d3po.pairs_from_feedback(seen.h)
-        return loss.function(policy, schedule, seen.chains, pairs, args.beta, seen.ref_log_prob)
+    losses = by_pairs(loss.function, args.beta)
 
     def measured(x, x_ref):
         return measure(x, x_ref, policy, reference, schedule, mixture, score, args.beta)
