@@ -12,7 +12,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 import d3po
 from toy import ddpm, worlds
-from toy.align import MAX_GRAD_NORM, Comparisons, align
+from toy.align import MAX_GRAD_NORM, Comparisons, align, redraw
 from toy.worlds import ALPHA_BARS, MIXTURES
 
 T, PAIRS, BETA, LR = 5, 16, 0.3, 1e-2
@@ -44,10 +44,11 @@ def pair_losses(policy, schedule, seen, losses=d3po.d3po_losses):
 
 
 def epochs_of(policy, n=3, method="eq14", *, reference=EXACT, score=worlds.reach, label=d3po.preference, losses=None,
-              replay=0):
+              replay=0, **options):
     """Run `align` with the settings of this file."""
     losses = losses or partial(pair_losses, losses=METHODS[method][0])
-    return align(policy, reference, SCHEDULE, score, label, losses, method != "chain", LR, n, PAIRS, replay)
+    return align(policy, reference, SCHEDULE, score, label, losses, method != "chain", LR, n, PAIRS, replay,
+                 **options)
 
 
 class Counted(nn.Module):
@@ -334,3 +335,72 @@ def test_an_epoch_of_ties_changes_nothing():
 def test_an_epoch_of_ties_reports_numbers(method):
     (epoch,) = epochs_of(new_policy(), 1, method, label=lambda a, b: torch.zeros(len(a), dtype=torch.long))
     assert all(math.isfinite(value) for value in (epoch.loss, epoch.accuracy, epoch.margin))
+
+
+# Chains drawn anew, averaged weights
+
+
+def test_redrawn_chains_have_the_marginals_of_the_noising_process():
+    """From x_T of the noising process that starts at y, every state is N(sqrt(ab) y, (1 - ab) I) (DDIM, Lemma 1)."""
+    torch.manual_seed(0)
+    n, steps = 40_000, 8
+    schedule = d3po.make_schedule(ALPHA_BARS, steps)
+    y = torch.tensor([1.5, -0.5], dtype=torch.float64).expand(n, 2)
+    ab = (schedule.alpha_bar / schedule.alpha_bar[steps - 2]).double()
+    x_T = ab[0].sqrt() * y + (1 - ab[0]).sqrt() * torch.randn_like(y)
+    stored = torch.cat([x_T[None], torch.randn(steps - 3, n, 2).double(), y[None], torch.randn(2, n, 2).double()])
+    x = redraw(schedule, stored)
+    for i in range(1, steps - 2):
+        standard = (x[i] - ab[i].sqrt() * y) / (1 - ab[i]).sqrt()
+        # four standard errors of a mean and of a variance over n draws
+        assert standard.mean(0).abs().max() < 4 / n**0.5
+        assert (standard.var(0) - 1).abs().max() < 4 * (2 / n) ** 0.5
+        # eta = 1: given x[i + 1] the noisier x[i] is one step of noising, whatever y is
+        if i < steps - 3:
+            ratio = ab[i] / ab[i + 1]
+            residual = (x[i] - ratio.sqrt() * x[i + 1]) / (1 - ratio).sqrt()
+            assert (residual.var(0) - 1).abs().max() < 4 * (2 / n) ** 0.5
+            assert (residual * (x[i + 1] - ab[i + 1].sqrt() * y)).mean(0).abs().max() < 4 / n**0.5
+
+
+def test_redrawn_chains_keep_both_ends_and_are_new_in_between():
+    chains = d3po.rollout(EXACT, SCHEDULE, torch.randn(6, 2))
+    x = redraw(SCHEDULE, chains.x)
+    assert x.shape == chains.x.shape
+    assert torch.equal(x[0], chains.x[0]) and torch.equal(x[-3:], chains.x[-3:])
+    assert (x[1:-3] != chains.x[1:-3]).all()
+    assert torch.equal(redraw(d3po.make_schedule(ALPHA_BARS, 2), chains.x[-3:]), chains.x[-3:])  # no state in between
+
+
+def test_only_stored_pairs_are_redrawn_and_the_reference_sees_the_new_chains():
+    seen = []
+
+    def losses(policy, schedule, comparisons):
+        seen.append(comparisons)
+        return pair_losses(policy, schedule, comparisons)
+
+    (epoch,) = epochs_of(new_policy(), 1, losses=losses, replay=2, redrawn=True)
+    assert seen[0] is epoch.new
+    for stored in seen[1:]:
+        assert (stored.chains.x[1:-3] != epoch.new.chains.x[1:-3, : stored.chains.x.shape[1]]).any()
+        assert torch.equal(stored.ref_log_prob, d3po.trajectory_log_prob(EXACT, SCHEDULE, stored.chains))
+    with pytest.raises(ValueError, match="reference that stays"):
+        next(epochs_of(new_policy(), 1, reference=None, replay=1, redrawn=True))
+
+
+def test_averaged_weights_are_what_is_seen_and_not_what_trains():
+    def run(average):
+        policy = new_policy()
+        torch.manual_seed(1)
+        return [
+            (epoch.new.chains.x, [w.detach().clone() for w in policy.parameters() if w.requires_grad])
+            for epoch in epochs_of(policy, 4, average=average)
+        ]
+
+    raw, averaged = run(False), run(True)
+    mean = raw[0][1]
+    for epoch, ((x, weights), (x_too, seen)) in enumerate(zip(raw, averaged, strict=True), 1):
+        assert torch.equal(x, x_too)  # the same chains: sampling and training do not know of the average
+        mean = [m + 10 / (epoch + 9) * (w - m) for m, w in zip(mean, weights, strict=True)]
+        for m, w in zip(mean, seen, strict=True):
+            torch.testing.assert_close(m, w)

@@ -11,6 +11,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository: this file can be run as a script
 
@@ -136,6 +137,62 @@ def draw_comparison(result: dict, points: dict[str, list], out: Path) -> list[Pa
         drawn.savefig(paths[-1], dpi=80)
         plt.close(drawn)
     return paths
+
+
+def draw_curves(run: Path) -> list[Path]:
+    """Draw reward_curve.png, progress.png and before_after.png of a run of sd_demo.py from what it stored."""
+    config = json.loads((run / "config.json").read_text())
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    epochs, score, sem = (np.array([row[key] for row in rows]) for key in ("epoch", "score", "score_sem"))
+    initial = config["initial"]
+    looked = [{"epoch": 0, "kl": 0, **initial}, *(row for row in rows if row["eval_score"] is not None)]
+    at = [row["epoch"] for row in looked]
+
+    watched = initial["watched"] is not None
+    figure, axes = plt.subplots(1, 2 + watched, figsize=(5 * (2 + watched), 3.6), layout="constrained", squeeze=False)
+    axes[0, 0].plot(epochs, score, color="0.5", linewidth=1, label="training images, ± s.e.")
+    axes[0, 0].fill_between(epochs, score - sem, score + sem, color="0.85")
+    axes[0, 0].plot(at, [row["eval_score"] for row in looked], "ko-", markersize=4, label="held-out noises")
+    axes[0, 0].axhline(initial["eval_score"], color="black", linestyle=":", label="initial model")
+    axes[0, 0].set(xlabel="epoch", ylabel=f"score: {config['objective']}")
+    axes[0, 0].legend()
+    axes[0, 1].plot(epochs, [row["kl"] for row in rows], "k-")
+    axes[0, 1].set(xlabel="epoch", ylabel="KL to the initial model (nats an image)")
+    if watched:
+        axes[0, 2].plot(at, [row["watched"] for row in looked], "ko-", markersize=4)
+        axes[0, 2].set(xlabel="epoch", ylabel=f"watched: {Path(config['watch']).name}", ylim=(0, None))
+    figure.savefig(run / "reward_curve.png", dpi=110)
+    plt.close(figure)
+
+    def held_out(epoch):
+        return [Image.open(path) for path in sorted(run.glob(f"images/held_out_e{epoch:03}_*.png"))]
+
+    chosen = [at[n] for n in sorted({round(n) for n in np.linspace(0, len(at) - 1, 6)})]
+    names = {epoch: f"epoch {epoch}" if epoch else "initial" for epoch in chosen}
+    return [
+        run / "reward_curve.png",
+        _sheet([held_out(epoch) for epoch in chosen], list(names.values()), run / "progress.png"),
+        draw_pairs(held_out(0), held_out(at[-1]), run / "before_after.png"),
+    ]
+
+
+def draw_pairs(before: list[Image.Image], after: list[Image.Image], path: Path) -> Path:
+    """Images of the initial above those of the tuned model, from the same prompts and noises."""
+    return _sheet([before[:16], after[:16]], ["initial", "tuned"], path)
+
+
+def _sheet(rows: list[list[Image.Image]], names: list[str], path: Path) -> Path:
+    """Rows of images with a name each, in one picture."""
+    figure, axes = plt.subplots(len(rows), len(rows[0]), figsize=(1.3 * len(rows[0]), 1.35 * len(rows)), squeeze=False)
+    for images, name, line in zip(rows, names, axes, strict=True):
+        for image, axis in zip(images, line, strict=True):
+            axis.imshow(image)
+            axis.set(xticks=[], yticks=[])
+        line[0].set_ylabel(name)
+    figure.subplots_adjust(0.03, 0.01, 0.99, 0.99, 0.03, 0.03)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    return path
 
 
 def _density(points: np.ndarray, bandwidth: float = 0.08) -> tuple[np.ndarray, np.ndarray]:

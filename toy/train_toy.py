@@ -40,7 +40,7 @@ class Loss(NamedTuple):
 
 
 LOSSES = {
-    "chain": Loss(d3po.chain_dpo_losses, False, 3e-3, 3),
+    "chain": Loss(d3po.chain_dpo_losses, False, 1e-2, 7),
     "eq14": Loss(d3po.d3po_losses, True, 1e-3, 0),
     "eq12": Loss(partial(d3po.d3po_losses, steps=[0]), True, 1e-3, 0),
 }
@@ -61,17 +61,15 @@ def parse(argv: list[str] | None) -> tuple[runs.Parser, Namespace, d3po.Schedule
     method.add_argument("--loss", choices=LOSSES, default="chain", help="Eq. 5 on the whole chain, Eq. 14 or Eq. 12")
     method.add_argument("--beta", type=float, default=0.3, help="strength of the KL: score per nat")
     method.add_argument("--lr", type=float, help="Adam's first step size, falling to 0 as a cosine; chosen by --loss")
-    method.add_argument("--epochs", type=int, default=60, help="times that pairs are sampled, labelled and trained on")
+    method.add_argument("--epochs", type=int, default=30, help="times that pairs are sampled, labelled and trained on")
     method.add_argument("--pairs", type=int, default=128, help="pairs of chains, so labels, an epoch")
-    method.add_argument("--replay", type=int, help="batches of stored pairs an epoch adds to the new ones; by --loss")
+    method.add_argument("--replay", type=int, help="batches of redrawn stored pairs that an epoch adds; by --loss")
     parser.add_argument("--seed", type=int, default=0, help="of everything; the same seed gives the same metrics.jsonl")
     parser.add_argument("--out", type=Path, default=Path("runs/toy"), help="run folder")
     args = parser.parse_args(argv)
     args.lr = LOSSES[args.loss].lr if args.lr is None else args.lr
     args.replay = LOSSES[args.loss].replay if args.replay is None else args.replay
-    for name in ("beta", "lr", "epochs", "pairs"):
-        if not 0 < (value := getattr(args, name)) < math.inf:
-            parser.error(f"--{name} {value}: give a positive number")
+    runs.refuse_unless_positive(parser, args, "beta", "lr", "epochs", "pairs")
     if args.replay < 0:
         parser.error(f"--replay {args.replay}: give 0 or more")
     if not 0 <= args.seed < 2**63:
@@ -93,7 +91,7 @@ def main(argv: list[str] | None = None) -> None:
     print(
         f"D3PO on the plane: data {args.mixture}, preference {args.preference}, loss {args.loss}, beta {args.beta:g}, "
         f"T = {args.num_steps}, seed {args.seed}.\nAn epoch: {args.pairs} new pairs with {args.labels} labels, then "
-        f"{args.replay} batches of stored pairs; lr {args.lr:g}. Run folder: {out}."
+        f"{args.replay} batches of stored pairs on redrawn chains; lr {args.lr:g}. Run folder: {out}."
     )
 
     reference = exact_denoiser(mixture) if args.reference == "exact" else pretrain(mixture).requires_grad_(False)
@@ -114,8 +112,9 @@ def main(argv: list[str] | None = None) -> None:
 
     x_ref = sample(reference, schedule, 256, seed=1)
     training = align(
-        policy, reference, schedule, score, label, losses, loss.each_step, args.lr, args.epochs, args.pairs, args.replay
-    )
+        policy, reference, schedule, score, label, losses, loss.each_step, args.lr, args.epochs, args.pairs,
+        args.replay, redrawn=True, average=True,
+    )  # fmt: skip
     bar = tqdm(training, "align", args.epochs, unit=" epochs", mininterval=0.5)
     try:
         for epoch, done in enumerate(bar, 1):

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository: this file is run as a script
 
 from toy import runs
-from toy.emoji_sd.render import NAMES, dataset
+from toy.emoji_sd.render import NAMES, SIZE, caption, dataset
 
 WEIGHTS = Path(__file__).with_name("classifier.safetensors")
 HELD_OUT = 2**32 + 1  # seed of pictures that no training sees
@@ -56,6 +57,28 @@ def to_tensor(pictures) -> Tensor:
 def classify(net: Classifier, pictures: Tensor) -> Tensor:
     """The animal numbers (N,) of pictures (N, 3, 64, 64) in [0, 1]."""
     return torch.cat([net(part).argmax(1) for part in pictures.split(256)])
+
+
+def recognised(images: list, prompts: list[str]) -> list[float]:
+    """A scorer for sd_demo.py: 1 for an image (PIL, 64x64) whose animal is the prompt's, else 0."""
+    logits, meant = _judged(images, prompts)
+    return (logits.argmax(1) == meant).float().tolist()
+
+
+def log_probability(images: list, prompts: list[str]) -> list[float]:
+    """A scorer for sd_demo.py: log-probability, in nats, that the classifier gives to the prompt's animal."""
+    logits, meant = _judged(images, prompts)
+    return logits.log_softmax(1)[torch.arange(len(meant)), meant].tolist()
+
+
+@torch.no_grad()
+def _judged(images: list, prompts: list[str]) -> tuple[Tensor, Tensor]:
+    """Logits (B, 45) of images and the numbers (B,) of their prompts' animals."""
+    numbers = {caption(name): number for number, name in enumerate(NAMES)}
+    if unknown := [prompt for prompt in prompts if prompt not in numbers]:
+        raise ValueError(f"the classifier knows prompts such as 'a cat', of the 45 animals, not '{unknown[0]}'")
+    pixels = np.stack([np.asarray(image.convert("RGB").resize((SIZE, SIZE))) for image in images])
+    return load()(to_tensor(pixels)), torch.tensor([numbers[prompt] for prompt in prompts])
 
 
 def train(images: int, steps: int, seed: int, batch: int = 64, lr: float = 3e-3, progress: bool = True) -> Classifier:

@@ -39,8 +39,8 @@ Loss = Callable[[nn.Module, torch.Generator], Tensor]  # of a model, on a batch 
 def parse(argv: list[str] | None) -> Namespace:
     parser = runs.Parser(prog="make.py", description=__doc__.splitlines()[0])
     parser.add_argument("--images", type=int, default=36_000, help="pictures to train on")
-    parser.add_argument("--vae-steps", type=int, default=10_000, help="updates of the VAE")
-    parser.add_argument("--unet-steps", type=int, default=25_000, help="updates of the UNet and the text encoder")
+    parser.add_argument("--vae-steps", type=int, default=8_000, help="updates of the VAE")
+    parser.add_argument("--unet-steps", type=int, default=14_000, help="updates of the UNet and the text encoder")
     parser.add_argument("--batch-size", type=int, default=48, help="latents an update; a third as many for the VAE")
     parser.add_argument("--lr", type=float, default=1e-3, help="AdamW's largest step size: warm-up, then a cosine to 0")
     parser.add_argument("--quick", action="store_true", help="tiny nets and a few steps, to try the whole path")
@@ -59,9 +59,7 @@ def parse(argv: list[str] | None) -> Namespace:
         if args.out == Path(__file__).parent:
             parser.error("--quick makes a toy of a toy: give --out another folder than the real model's")
     args.work = args.work or (args.out / "work" if args.quick else Path("runs/emoji_sd"))
-    for name in ("images", "vae_steps", "unet_steps", "batch_size", "lr", "threads"):
-        if not 0 < (value := getattr(args, name)) < math.inf:
-            parser.error(f"--{name.replace('_', '-')} {value}: give a positive number")
+    runs.refuse_unless_positive(parser, args, "images", "vae_steps", "unet_steps", "batch_size", "lr", "threads")
     if not 0 <= args.seed < HELD_OUT:
         parser.error(f"--seed {args.seed}: give a number from 0 to 2^32 - 1")
     try:
@@ -78,7 +76,7 @@ def bf16_pays() -> bool:
     """Half the time of a step on GPUs, and on CPUs with bfloat16 instructions (0.34 s instead of 0.66 s)."""
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.cpu.get_capabilities().get("avx512_bf16", False)
+    return getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16", False)  # not in old torch
 
 
 def open_work(parser: runs.Parser, args: Namespace) -> None:
@@ -150,7 +148,7 @@ def train(name: str, model: nn.Module, loss: Loss, steps: int, args: Namespace) 
         optimizer.load_state_dict(state["optimizer"])
         generator.set_state(state["generator"].cpu())
         start, seconds = state["step"], state["seconds"]
-    drop_rows_after(log, name, start)
+    runs.keep_rows(log, lambda row: row["stage"] != name or row["step"] <= start)  # steps that a stop undid
     begun, saved, losses = time.perf_counter() - seconds, time.perf_counter(), []
     bar = tqdm(range(start, steps), name, initial=start, total=steps, unit=" steps", mininterval=0.5)
     for step in bar:
@@ -180,13 +178,6 @@ def train(name: str, model: nn.Module, loss: Loss, steps: int, args: Namespace) 
             runs.save_tensors(file, state)
             saved, seconds = now, now - begun
     return average, seconds
-
-
-def drop_rows_after(log: Path, stage: str, step: int) -> None:
-    """Forget the logged losses of steps that a stopped run did after its last checkpoint."""
-    lines = log.read_text().splitlines(keepends=True) if log.exists() else []
-    rows = [json.loads(line) for line in lines if line.endswith("\n")]
-    runs.save_lines(log, [row for row in rows if row["stage"] != stage or row["step"] <= step])
 
 
 def render_all(args: Namespace) -> tuple[Tensor, Tensor]:

@@ -51,7 +51,7 @@ def text_encoder(words: CLIPTokenizer, tiny: bool = False) -> CLIPTextModel:
 
 
 def vae(tiny: bool = False) -> AutoencoderKL:
-    channels = (8, 8, 16) if tiny else (16, 32, 64)
+    channels = (8, 8, 16) if tiny else (32, 48, 64)
     return AutoencoderKL(
         sample_size=SIZE, latent_channels=4, block_out_channels=channels, layers_per_block=1, norm_num_groups=8,
         down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
