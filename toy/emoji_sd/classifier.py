@@ -1,6 +1,7 @@
 """A small network that names the animal of a picture, trained on renderings only: it judges what a model draws.
 
     python toy/emoji_sd/classifier.py
+    python toy/emoji_sd/classifier.py --seed 1 --out toy/emoji_sd/judge.safetensors    # a second opinion
 
 Two minutes on one core.
 """
@@ -8,6 +9,7 @@ Two minutes on one core.
 import math
 import sys
 import time
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +24,7 @@ from toy import runs
 from toy.emoji_sd.render import NAMES, SIZE, caption, dataset
 
 WEIGHTS = Path(__file__).with_name("classifier.safetensors")
+JUDGE = WEIGHTS.with_name("judge.safetensors")  # the same from another seed, for models that were trained on the first
 HELD_OUT = 2**32 + 1  # seed of pictures that no training sees
 
 
@@ -42,6 +45,7 @@ class Classifier(nn.Module):
         return self.head(self.features(2 * pictures - 1).amax((2, 3)))
 
 
+@cache
 def load(weights: Path = WEIGHTS) -> Classifier:
     net = Classifier()
     net.load_state_dict(load_file(weights))
@@ -59,26 +63,31 @@ def classify(net: Classifier, pictures: Tensor) -> Tensor:
     return torch.cat([net(part).argmax(1) for part in pictures.split(256)])
 
 
-def recognised(images: list, prompts: list[str]) -> list[float]:
-    """A scorer for sd_demo.py: 1 for an image (PIL, 64x64) whose animal is the prompt's, else 0."""
-    logits, meant = _judged(images, prompts)
+def recognised(images: list, prompts: list[str], weights: Path = WEIGHTS) -> list[float]:
+    """A scorer for sd_demo.py: 1 for an image (PIL) whose animal is the prompt's, else 0."""
+    logits, meant = _judged(images, prompts, weights)
     return (logits.argmax(1) == meant).float().tolist()
+
+
+def recognised_by_judge(images: list, prompts: list[str]) -> list[float]:
+    """The same from the second network."""
+    return recognised(images, prompts, JUDGE)
 
 
 def log_probability(images: list, prompts: list[str]) -> list[float]:
     """A scorer for sd_demo.py: log-probability, in nats, that the classifier gives to the prompt's animal."""
-    logits, meant = _judged(images, prompts)
+    logits, meant = _judged(images, prompts, WEIGHTS)
     return logits.log_softmax(1)[torch.arange(len(meant)), meant].tolist()
 
 
 @torch.no_grad()
-def _judged(images: list, prompts: list[str]) -> tuple[Tensor, Tensor]:
+def _judged(images: list, prompts: list[str], weights: Path) -> tuple[Tensor, Tensor]:
     """Logits (B, 45) of images and the numbers (B,) of their prompts' animals."""
     numbers = {caption(name): number for number, name in enumerate(NAMES)}
     if unknown := [prompt for prompt in prompts if prompt not in numbers]:
         raise ValueError(f"the classifier knows prompts such as 'a cat', of the 45 animals, not '{unknown[0]}'")
     pixels = np.stack([np.asarray(image.convert("RGB").resize((SIZE, SIZE))) for image in images])
-    return load()(to_tensor(pixels)), torch.tensor([numbers[prompt] for prompt in prompts])
+    return load(weights)(to_tensor(pixels)), torch.tensor([numbers[prompt] for prompt in prompts])
 
 
 def train(images: int, steps: int, seed: int, batch: int = 64, lr: float = 3e-3, progress: bool = True) -> Classifier:
