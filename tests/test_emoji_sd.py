@@ -234,15 +234,6 @@ def test_bad_flags_are_refused_in_one_sentence(argv, capsys):
     assert stop.value.code == 2 and error.count("\n") == 1 and argv[0].split("=")[0] in error
 
 
-def test_training_drops_the_losses_of_steps_that_a_resume_does_again(tmp_path):
-    log = tmp_path / "loss.jsonl"
-    runs.append(log, [{"stage": "vae", "step": 50}, {"stage": "unet", "step": 50}, {"stage": "unet", "step": 100}])
-    with log.open("a") as file:
-        file.write('{"stage": "un')  # killed while writing
-    make.drop_rows_after(log, "unet", 70)
-    assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == [50, 50]
-
-
 def test_the_average_lags_behind_and_needs_no_graph(tmp_path):
     args = make.Namespace(work=tmp_path, lr=0.1, seed=0, precision="fp32", checkpoint_minutes=1)
     net = nn.Linear(1, 1, bias=False)

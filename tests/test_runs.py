@@ -105,3 +105,12 @@ def test_the_parser_refuses_in_one_line_with_code_2(parser, capsys):
         error = capsys.readouterr().err
         assert stop.value.code == 2 and error.count("\n") == 1 and error.startswith("prog: error: "), argv
     assert "strength (default: 0.3)" in parser.format_help()
+
+
+def test_rows_are_dropped_and_with_them_a_line_that_a_kill_cut_short(tmp_path):
+    log = tmp_path / "loss.jsonl"
+    runs.append(log, [{"stage": "vae", "step": 50}, {"stage": "unet", "step": 50}, {"stage": "unet", "step": 100}])
+    with log.open("a") as file:
+        file.write('{"stage": "un')  # killed while writing
+    runs.keep_rows(log, lambda row: row["stage"] != "unet" or row["step"] <= 70)
+    assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == [50, 50]

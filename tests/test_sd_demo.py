@@ -489,12 +489,14 @@ def test_other_choices_run_the_same_loop(tiny, scorers, tmp_path, monkeypatch, f
 
 
 def test_an_epoch_of_ties_trains_nothing_and_goes_on(tiny, scorers, tmp_path):
-    out = run(tiny, tmp_path / "run", f"{scorers}:same", "--images-per-prompt", 3)
+    out = run(tiny, tmp_path / "run", f"{scorers}:same", "--images-per-prompt", 3, "--prompts", "hand")
     metrics = rows(out / "metrics.jsonl")
     for row in metrics:
         assert {row[k] for k in ("accuracy", "margin", "log_ratio_winners", "log_ratio_losers", "loss")} == {None}
         assert row["score"] == 1 and row["skipped"] == 0 and row["eval_win_rate"] == 0.5
     assert [row["labels"] for row in metrics] == [6, 12] and (out / "reward_curve.png").exists()
+    # one prompt, one model: only the noise makes images differ, within a group, between groups and between epochs
+    assert len({path.read_bytes() for path in out.glob("images/e00*.png")}) == 12
     state = torch.load(out / "checkpoint" / "state.pt")
     assert state["epoch"] == 2 and all((w == 0).all() for name, w in state["lora"].items() if "lora_B" in name)
 

@@ -124,7 +124,11 @@ def test_metrics_have_the_keys_of_the_design(tiny):
     assert [row["labels"] for row in metrics] == [PAIRS, 2 * PAIRS, 3 * PAIRS]
     assert all(0 <= row[name] <= 1 for row in metrics for name in ("win_rate", "on_data", "accuracy"))
     assert metrics[0]["margin"] == 0 and metrics[0]["accuracy"] == 0.5  # the first chains are the reference's
-    assert metrics[0]["loss"] == pytest.approx(math.log(2), abs=0.03)  # log 2 at the first update
+
+
+def test_the_first_update_has_the_loss_of_a_policy_that_is_the_reference(tmp_path):
+    metrics = rows(run(tmp_path / "run", "--replay", "0", "--epochs", "1") / "metrics.jsonl")
+    assert metrics[0]["loss"] == pytest.approx(math.log(2), abs=1e-4)  # float32 log-probs of two passes
 
 
 def test_every_comparison_is_a_row(tiny):
@@ -197,7 +201,7 @@ def test_other_choices_run_the_same_loop(flags, tiny, tmp_path):
     same = (out / "metrics.jsonl").read_bytes() == (tiny / "metrics.jsonl").read_bytes()
     assert same == (mine == default)  # a flag is heard, unless it names the default
     data = torch.tensor(np.load(out / "samples.npz")["data"])
-    assert worlds.on_data(worlds.MIXTURES[mine["mixture"]], data).float().mean() > 0.95  # 0.989 of 100
+    assert worlds.on_data(worlds.MIXTURES[mine["mixture"]], data).float().mean() > 0.93  # 0.989 of 100: 5 sd
 
 
 @pytest.mark.parametrize("name, steps", [("eq14", [0, 1, 2, 3]), ("eq12", [0]), ("chain", [0, 1, 2, 3])])

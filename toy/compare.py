@@ -46,7 +46,6 @@ class Method(NamedTuple):
     strengths: tuple[float, ...]  # its values in the sweep
     moving: bool = False  # the reference is the policy that sampled
     replay: int = 0  # batches of stored pairs that an epoch adds
-    redrawn: bool = False  # these on chains drawn anew
     labels_only: bool = True  # sees preferences, not scores
 
 
@@ -85,10 +84,10 @@ def diffusion_dpo(beta, reference) -> Losses:
 eq14, eq12, chain = d3po.d3po_losses, partial(d3po.d3po_losses, steps=[0]), d3po.chain_dpo_losses
 BETAS = (0.1, 0.2, 0.3, 0.6)
 METHODS = {
-    "whole chain, redrawn pairs": Method(preferences(chain), False, "beta", BETAS, replay=7, redrawn=True),
     "whole chain, stored pairs": Method(preferences(chain), False, "beta", BETAS, replay=3),
     "whole chain (Eq. 5)": Method(preferences(chain), False, "beta", BETAS),
     "whole chain, moving reference": Method(preferences(chain), False, "beta", BETAS, moving=True),
+    "Eq. 14, stored pairs": Method(preferences(eq14), True, "beta", BETAS, replay=3),
     "Eq. 14 (D3PO)": Method(preferences(eq14), True, "beta", BETAS),
     "Eq. 14, moving reference": Method(preferences(eq14), True, "beta", BETAS, moving=True),
     "Eq. 14, released clamp": Method(preferences(eq14, clip=CLIP), True, "beta", BETAS),
@@ -167,7 +166,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     torch.set_num_threads(1)
     names = ("mixture", "preference", "beta", "num_steps", "epochs", "pairs", "pretrain_steps")
-    settings = (*((name, getattr(args, name)) for name in names), ("average", True))
+    settings = tuple((name, getattr(args, name)) for name in names)
     print(
         f"{len(METHODS)} methods on the {args.mixture}, preference {args.preference}, beta {args.beta:g}: "
         f"{args.epochs * args.pairs:,} labels each.\nSingle runs are kept in {args.work}, the results in {args.out}."
@@ -257,7 +256,7 @@ def train(job: Job, work: Path) -> dict:
     training = align(
         policy, None if method.moving else reference, schedule, score, d3po.bradley_terry,
         method.losses(job.strength, reference), method.each_step, job.lr, world["epochs"], world["pairs"],
-        method.replay, method.redrawn, world["average"],
+        method.replay,
     )  # fmt: skip
     result = {"curve": [], "points": []}
     try:

@@ -40,7 +40,7 @@ class Loss(NamedTuple):
 
 
 LOSSES = {
-    "chain": Loss(d3po.chain_dpo_losses, False, 1e-2, 7),
+    "chain": Loss(d3po.chain_dpo_losses, False, 5e-3, 7),
     "eq14": Loss(d3po.d3po_losses, True, 1e-3, 0),
     "eq12": Loss(partial(d3po.d3po_losses, steps=[0]), True, 1e-3, 0),
 }

@@ -292,8 +292,8 @@ pipe("a cat", num_inference_steps=20, guidance_scale=3, eta=1).images[0]
   Prompts: "a cat", "an ant" and so on; one in ten is empty, for guidance.
 - **Licence**: the font is Google's, under the SIL Open Font License 1.1; these weights, made from its drawings, are
   offered under the same licence. The code has the repository's licence.
-- **Training**: `python toy/emoji_sd/make.py{flags}`, seed {args.seed}, {args.precision}, on {machine}:
-  VAE, {args.vae_steps:,} steps, {vae_seconds / 60:.0f} minutes;
+- **Training** (minutes by the clock): `python toy/emoji_sd/make.py{flags}`, seed {args.seed}, {args.precision},
+  on {machine}: VAE, {args.vae_steps:,} steps, {vae_seconds / 60:.0f} minutes;
   UNet and text encoder, {args.unet_steps:,} steps of {args.batch_size} latents, {unet_seconds / 60:.0f} minutes.
 - **Parts**: VAE ({millions["vae"]:.2f} M parameters; 64x64x3 to 16x16x4; PSNR {quality:.1f} dB on held-out pictures),
   UNet ({millions["unet"]:.2f} M), CLIP text encoder ({millions["text_encoder"]:.2f} M; {models.MAX_TOKENS} tokens),
