@@ -1,0 +1,210 @@
+"""The notebooks: what is stored in them, and that they run from top to bottom and find the same key numbers.
+
+The last cell of a notebook prints its key numbers as one JSON object. KEY_NUMBERS says what they have to be; this is
+asked of the stored output and of a new run.
+"""
+
+import json
+import math
+import re
+from typing import NamedTuple
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+from toy import runs
+
+FOLDER = runs.ROOT / "notebooks"
+RESULTS = runs.ROOT / "toy" / "results"
+
+
+class Number(NamedTuple):
+    value: float
+    tolerance: float  # absolute
+
+    def holds(self, x: float) -> bool:
+        return abs(x - self.value) <= self.tolerance
+
+
+class Between(NamedTuple):
+    low: float
+    high: float
+
+    def holds(self, x: float) -> bool:
+        return self.low <= x <= self.high
+
+
+def exactly(value: float) -> Number:
+    """A closed form, or a stored number: the notebook prints six digits."""
+    return Number(value, 1e-5 * abs(value))
+
+
+# Closed forms, without the notebook's code. Prop. 2 with Q_1 = Q_0, sigma = 0.1, delta = 0.5: |p* - 1/2| < b where
+# |X_1 - X_0| < log((1/2 + b) / (1/2 - b)), and X_1 - X_0 has variance 2 sigma^2.
+BOUND = 2 * math.expm1(0.1**2) / (16 * 0.5)
+WITHIN = {b: math.erf(math.log((0.5 + b) / (0.5 - b)) / (2 * 0.1)) for b in (BOUND, math.sqrt(BOUND))}
+# For small sigma the error is normal and the repaired bound is 1 / sqrt(delta) of its sd: misses / delta at worst.
+WORST = max(k * k * math.erfc(k / math.sqrt(2)) for k in (1 + j / 1000 for j in range(1000)))
+CLAMPED = 0.1 * math.log(1.1 / 0.9)  # beta 0.1 times the largest difference of clamped log-ratios
+ELEMENTS = 4 * 64 * 64
+
+
+def theory() -> dict[str, Number | Between]:
+    """What theory.ipynb has to find, by the path of the number, as "section/name"."""
+    compare = json.loads((RESULTS / "compare.json").read_text())["methods"]
+    limits = json.loads((RESULTS / "limits.json").read_text())["steps"]
+    ring = next(row for row in limits if (row["beta"], row["T"]) == (0.3, 20))
+    share = {name: method["final"]["share"]["mean"] for name, method in compare.items()}
+    zero = Between(0, 1e-4)  # L-BFGS stops at errors of 1e-5, on another processor a little elsewhere
+    tree, drawn, trained = 2e-4, 0.01, 0.015
+    # tree: float64 minima, found by L-BFGS. drawn: float32 chains of 20 steps; another processor rounds some of them
+    # elsewhere, which moves the sd of 4,000 pairs by less than 1 %. trained: means over 3 seeds whose sd is 0.001 to
+    # 0.004 (Eq. 12 apart); over 100 epochs another rounding amounts to another seed.
+    return {
+        # 1: quadrature as in limits.json, with 5 digits there; Z differs between states; V outgrows the advantage
+        "ring/j_ref": Number(ring["j_ref"], 1e-4),
+        "ring/j_gauss": Number(ring["j_gauss"], 1e-4),
+        "ring/j_star": Number(ring["j_star"], 1e-4),
+        "proposition_1/Z_smallest": Number(0.23785, tree),
+        "proposition_1/Z_largest": Number(6.5834, tree),
+        "proposition_1/probability_error_without_Z": Number(5.0247, tree),
+        "proposition_1/probability_error_with_Z": zero,
+        "proposition_1/log_ratio_minus_Q": Number(0.94229, tree),
+        "proposition_1/log_ratio_minus_advantage": zero,
+        "proposition_1/policy_change_when_all_scores_rise_by_1": zero,
+        "ring_pairs/sd_of_V_difference_at_first_move": Number(0, 0),
+        "ring_pairs/sd_of_V_difference_at_move_10": Number(0.443, drawn),
+        "ring_pairs/sd_of_V_difference_at_last_move": Number(1.772, drawn),
+        "ring_pairs/sd_of_advantage_difference_at_move_10": Number(0.383, drawn),
+        "ring_pairs/first_move_at_which_V_differs_more": Number(6, 1),  # the two curves cross flatly
+        # 2: exact minima; then training. Gaps that the text speaks of: Eq. 5 above Eq. 14 above Eq. 12
+        "trees/whole chain (Eq. 5)/smallest": Between(1 - 1e-6, 1 + 1e-9),
+        "trees/Eq. 14/mean": Number(0.7958, tree),
+        "trees/Eq. 14/smallest": Number(0.5684, tree),
+        "trees/Eq. 14/largest": Number(0.9381, tree),
+        "trees/Eq. 14, best of 7 beta/mean": Number(0.8115, tree),
+        "trees/Eq. 14, same state/mean": Number(0.8810, tree),
+        "trees/Eq. 12/mean": Number(0.2031, tree),
+        "trees/same_state_last_move_error": zero,
+        "live/whole chain (Eq. 5)": Number(0.974, trained),
+        "live/Eq. 14, beta 0.8": Number(0.960, trained),
+        "live/Eq. 14": Number(0.924, trained),
+        "live/Eq. 12": Number(0.449, 0.1),  # sd over seeds 0.04
+        "committed/whole chain (Eq. 5)": exactly(share["whole chain (Eq. 5)"]),
+        "committed/Eq. 14 (D3PO)": exactly(share["Eq. 14 (D3PO)"]),
+        "committed/Eq. 12": exactly(share["Eq. 12"]),
+        # 3: sums of 20 float32 log-ratios
+        "telescope/tree_largest_error": zero,
+        "telescope/tree_eq5_loss_minus_label_entropy": Between(-1e-12, 1e-9),
+        "telescope/gaussian_largest_error": Between(0, 5e-4),
+        "telescope/gaussian_largest_error_inside_a_pair": Between(0, 5e-4),
+        "telescope/gaussian_spread_of_the_sum": Number(0.381, 0.02),  # so the error above is not that of zeros
+        "telescope/ring_share_of_gaussian_chains_in_J_star": exactly(
+            (ring["j_gauss"] - ring["j_ref"]) / (ring["j_star"] - ring["j_ref"])
+        ),
+        # 4: float64 gradients; counted bytes
+        "memory/largest_gradient_error": Between(0, 1e-12),
+        "memory/plain_bytes_of_80_over_5_moves": Number(16, 0.1),  # the loss itself keeps a little
+        "memory/pieces_bytes_of_80_over_5_moves": Number(1, 0),
+        "memory/plain_over_pieces_at_20_moves": Number(20, 0.5),
+        "memory/pieces_over_eq14": Number(1, 0.01),
+        "memory/forward_passes_of_pieces_over_plain": Number(2, 0),
+        # 5: closed forms, a grid of exact probabilities, quadrature
+        "proposition_2/monte_carlo_minus_exact": Between(0, 0.004),  # 5 standard errors of 4e5 draws
+        "proposition_2/printed_at_0_0.1_0.5": exactly(WITHIN[BOUND]),
+        "proposition_2/repaired_at_0_0.1_0.5": exactly(WITHIN[math.sqrt(BOUND)]),
+        "proposition_2/as printed/fails": Number(0.1627, 1e-3),  # some grid points lie on the border
+        "proposition_2/as printed/worst": Between(60, 100),  # 1 / delta at most
+        "proposition_2/with the square root/fails": Number(0, 0),
+        "proposition_2/with the square root/worst": Number(WORST, 1e-3),  # sigma 0.01 and delta 0.71, not the limit
+        "proposition_2/without xi/fails": Number(0, 0),
+        "proposition_2/without xi/worst": Number(WORST, 1e-3),
+        "proposition_2/mean_of_ratio_minus_ratio_of_means_at_0_1": Number(0, 1e-12),
+        "proposition_2/mean_of_ratio_minus_ratio_of_means_at_3_1": Number(-0.04393, 1e-5),
+        "proposition_2/variance_over_smaller_bound_at_3_0.1": Number(20.44, 0.01),
+        "proposition_2/ring_sigma_reference": Number(1.275, 0.05),  # 100 states, 60 chains each
+        "proposition_2/ring_sigma_optimum": Number(0.237, 0.03),
+        # 6: closed forms, and 4,000 float32 chains
+        "clamp/lowest_loss": exactly(math.log1p(math.exp(-CLAMPED))),
+        "clamp/highest_loss": exactly(math.log1p(math.exp(CLAMPED))),
+        "clamp/largest_gradient_outside": Number(0, 0),
+        "clamp/gradient_without_clamp_at_minus_0.2": exactly(0.1 / (1 + math.exp(-0.02))),
+        "clamp/share_of_best_log_ratios_beyond": Number(0.585, drawn),
+        "clamp/share_Eq. 14 (D3PO)": exactly(share["Eq. 14 (D3PO)"]),
+        "clamp/share_Eq. 14, released clamp": exactly(share["Eq. 14, released clamp"]),
+        "mean/beta_per_nat": exactly(0.1 / ELEMENTS),
+        "mean/loss_difference": Number(0, 1e-12),
+        "mean/margin_for_90_percent_by_sum": exactly(math.log(9) / 0.1),
+        "mean/margin_for_90_percent_by_mean": exactly(math.log(9) / 0.1 * ELEMENTS),
+        "mean/clamp_upper_in_nats": exactly(ELEMENTS * math.log(1.1)),
+        "mean/clamp_lower_in_nats": exactly(ELEMENTS * math.log(0.9)),
+    }
+
+
+KEY_NUMBERS = {"theory.ipynb": theory}  # notebook: what its key numbers have to be
+EVERY = pytest.mark.parametrize("name", KEY_NUMBERS)
+
+
+def load(name):
+    return nbformat.read(FOLDER / name, as_version=4)
+
+
+def code_cells(notebook):
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def key_numbers(notebook):
+    """The JSON of the last cell, flat: {"section/name": number}."""
+    (output,) = code_cells(notebook)[-1].outputs
+
+    def flat(tree, path=""):
+        for name, value in tree.items():
+            yield from flat(value, f"{path}{name}/") if isinstance(value, dict) else [(path + name, value)]
+
+    return dict(flat(json.loads(output.text)))
+
+
+def differing(found, expected):
+    return {name: (found.get(name), wanted) for name, wanted in expected.items()
+            if name not in found or not wanted.holds(found[name])}  # fmt: skip
+
+
+@EVERY
+def test_outputs_are_stored_clean_and_small(name):
+    path = FOLDER / name
+    notebook, text = load(name), path.read_text()
+    nbformat.validate(notebook)
+    assert path.stat().st_size < 400_000
+    assert notebook.metadata.kernelspec.name == "python3"
+    cells = code_cells(notebook)
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1)), "run it from top to bottom"
+    outputs = [output for cell in cells for output in cell.outputs]
+    assert {output.output_type for output in outputs} <= {"stream", "display_data", "execute_result"}
+    assert all(output.get("name") != "stderr" for output in outputs), "warnings or progress bars"
+    assert any("image/png" in output.get("data", {}) for output in outputs)
+    place = re.search(r"(?<![\w.:/])(/(root|home|Users|tmp|work|usr|opt|mnt|var)/|[A-Z]:\\\\)[^\s\"]*", text)
+    assert place is None, f"a path of one machine: {place.group()}"
+
+
+@EVERY
+def test_each_figure_is_explained_and_opens_on_colab(name):
+    notebook = load(name)
+    assert f"blob/main/notebooks/{name}" in notebook.cells[0].source
+    for i, cell in enumerate(notebook.cells):
+        if cell.cell_type == "code" and any("image/png" in output.get("data", {}) for output in cell.outputs):
+            around = notebook.cells[i - 1].source + notebook.cells[i + 1].source
+            assert "What to see" in around, f"cell {i} draws a figure without a sentence that says what to see in it"
+
+
+@EVERY
+def test_stored_key_numbers(name):
+    assert not differing(key_numbers(load(name)), KEY_NUMBERS[name]())
+
+
+@EVERY
+@pytest.mark.slow  # a minute of one core
+def test_a_new_run_finds_the_key_numbers(name):
+    notebook = load(name)
+    NotebookClient(notebook, timeout=1800, resources={"metadata": {"path": str(FOLDER)}}).execute()  # an error raises
+    assert not differing(key_numbers(notebook), KEY_NUMBERS[name]())
