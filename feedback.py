@@ -1,4 +1,4 @@
-"""Where the labels of sd_demo.py come from: scores of images, or a scorer of your own.
+"""Where the labels of sd_demo.py come from: scores of images, a scorer of your own, or people.
 
 A label says which of two images of one prompt is better (Alg. 1 lines 12-22). A run keeps every one in labels.jsonl:
 
@@ -23,6 +23,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -32,10 +33,14 @@ import d3po
 from toy import runs
 from toy.emoji_sd.render import NAMES, caption
 
+PEOPLE = {  # objectives that people judge, with defaults: Sec. 5.2's reference, and no more questions than one answers
+    "human": {"reference": "previous", "epochs": 10, "images_per_prompt": 2, "pairs_per_epoch": 16},
+    "tags": {"reference": "previous", "epochs": 10, "images_per_prompt": 7, "pairs_per_epoch": 8},
+}
 Scorer = Callable[[list[Image.Image], list[str]], Sequence[float]]  # images and their prompts -> a number each
 
 CLIP = "openai/clip-vit-large-patch14"
-KL_LIMIT = 500  # nats from the initial model: from there on images fall apart
+KL_LIMIT = 30  # nats from the initial model in the steps trained, about where the emoji model loses its animals
 AESTHETIC_HEAD = (
     "https://github.com/christophschuhmann/improved-aesthetic-predictor/raw/main/sac+logos+ava1-l14-linearMSE.pth"
 )
@@ -49,8 +54,11 @@ def add_flags(parser) -> None:
     """The flags of sd_demo.py that say what is asked for and who judges it."""
     add = parser.add_argument_group("what to learn").add_argument
     add("--objective", help="compressibility, incompressibility, aesthetic, alignment, or FILE.py:FUNCTION of (images, "
-        "prompts) -> scores; several with commas: better is who is worse in none and better in one")
+        "prompts) -> scores; several with commas: better is who is worse in none and better in one. Or ask people on a "
+        "page: human (which of two images is better?), tags (which of K are bad?)")
     add("--watch", help="a scorer that is only reported, as above")
+    add("--annotators", type=int, default=1, help="people who answer each question of human and tags")
+    add("--port", type=int, help="of their page; by default the first free one from 7860")
     add("--prompts", default="animals", help="animals, hand, unsafe (App. C), or a text file, one prompt a line")
     add("--clip-model", default=CLIP, help="of aesthetic and alignment: hub id or folder")
     add("--aesthetic-head", default=AESTHETIC_HEAD, help="state dict of its linear layers: URL or file")
@@ -97,7 +105,8 @@ def load_scorers(objective: str, prompts: list[str], clip: str = CLIP, head: str
     names = objective.split(",")
     for name in names:
         if name not in made and ".py:" not in name:
-            raise ValueError(f"objective '{name}' is unknown: choose from {', '.join(made)}, or give FILE.py:FUNCTION")
+            known = ", ".join([*made, *PEOPLE])
+            raise ValueError(f"objective '{name}' is unknown: choose one of {known}, or give FILE.py:FUNCTION")
     return [made[name]() if name in made else own_scorer(*name.rsplit(":", 1), prompts) for name in names]
 
 
@@ -207,39 +216,81 @@ class Look(NamedTuple):
     """What the judge thinks of N images."""
 
     images: list[Image.Image]
-    scores: Tensor  # (S, N) of the S scorers
+    prompts: list[str]
+    scores: Tensor  # (S, N) of the S scorers; (0, N) where people judge
     watched: float | None  # mean of the scorer that is only watched
 
     @property
-    def score(self) -> float:
+    def score(self) -> float | None:
         """Mean of the first scorer."""
-        return self.scores[0].mean().item()
+        return self.scores[0].mean().item() if len(self.scores) else None
 
 
 class Judge:
-    """Labels images by the scorers of --objective; --watch names one more, which is only reported."""
+    """Labels images by the scorers of --objective, or prepares the questions to people; --watch is only reported."""
 
     def __init__(self, args, prompts: list[str], device="cpu"):
         rest = prompts, args.clip_model, args.aesthetic_head, device
-        self.scorers = load_scorers(args.objective, *rest)
+        self.args, self.page, self.asks = args, None, args.objective if args.objective in PEOPLE else None
+        self.scorers = [] if self.asks else load_scorers(args.objective, *rest)
         self.watch = load_scorers(args.watch, *rest)[0] if args.watch else None
 
     def look(self, images: list[Image.Image], prompts: list[str]) -> Look:
         watched = sum(self.watch(images, prompts)) / len(images) if self.watch else None
-        return Look(images, self.scores(images, prompts), watched)
+        return Look(images, prompts, self.scores(images, prompts), watched)
 
     def scores(self, images: list[Image.Image], prompts: list[str]) -> Tensor:  # (S, N); float64 keeps scores as given
-        return torch.tensor([scorer(images, prompts) for scorer in self.scorers], dtype=torch.float64)
+        rows = [torch.tensor(scorer(images, prompts), dtype=torch.float64) for scorer in self.scorers]
+        return torch.stack(rows) if rows else torch.empty(0, len(images))
 
     def label(self, images: list, prompts: list[str], files: list[str], K: int, epoch: int) -> list[dict]:
-        """Rows of labels.jsonl for all comparisons inside the groups of K images; images, prompts, files (N K)."""
-        scores, rows = self.scores(images, prompts), []
-        inside = [(n + a, n + b) for n in range(0, len(images), K) for a, b in itertools.combinations(range(K), 2)]
-        first, second = torch.tensor(inside).T
-        for (a, b), h in zip(inside, compare(scores[:, first], scores[:, second]).tolist(), strict=True):
-            given = [scores[:, n].tolist() if len(scores) > 1 else scores[0, n].item() for n in (a, b)]
-            rows.append({"epoch": epoch, "prompt": prompts[a], "images": [files[a], files[b]], "scores": given, "h": h})
+        """Rows of labels.jsonl for all comparisons inside the groups of K images; images, prompts, files (N K).
+
+        For people these are questions: their answer is None.
+        """
+        groups = [range(n, n + K) for n in range(0, len(images), K)]
+        sets = groups if self.asks == "tags" else [ab for group in groups for ab in itertools.combinations(group, 2)]
+        given, answers = [None] * len(sets), [None] * len(sets)
+        if self.scorers:
+            scores = self.scores(images, prompts)
+            answers = compare(*(scores[:, list(side)] for side in zip(*sets, strict=True))).tolist()
+            each = scores.T.tolist() if len(scores) > 1 else scores[0].tolist()
+            given = [[each[a], each[b]] for a, b in sets]
+        answer = "bad" if self.asks == "tags" else "h"
+        return [
+            {"epoch": epoch, "prompt": prompts[rows[0]], "images": [files[n] for n in rows], "scores": pair, answer: h}
+            for rows, pair, h in zip(sets, given, answers, strict=True)
+        ]
+
+    def settle(self, rows: list[dict]) -> list[dict]:
+        """These rows with their answers, all of them in labels.jsonl when this returns; asks people for theirs."""
+        if not self.asks:
+            runs.append(self.args.out / "labels.jsonl", rows)
+            return rows
+        self.page = self.page or Page(self.args.out, self.args.annotators, self.args.seed, self.args.port)
+        rows = self.page.ask(rows)
+        if self.args.annotators > 1:
+            tqdm.write(f"Agreement of the {self.args.annotators} annotators: Fleiss' kappa {self.page.kappa:.2f}")
         return rows
+
+    def status(self, text: str) -> None:
+        """What the page says while it has no question."""
+        if self.page:
+            self.page.status(text)
+
+    def close(self) -> None:
+        if self.page:
+            self.page.close()
+
+    def keep(self, image: Image.Image, file: Path) -> None:
+        """Save an image. One that people may have judged is not replaced by a different one: LabelError."""
+        if self.asks and file.exists():
+            change = np.abs(np.asarray(image, float) - np.asarray(Image.open(file), float)).mean()
+            if change > SAME:
+                raise LabelError(f"{file} cannot be sampled again as people saw it (pixels differ by {change:.0f} of "
+                                 "255): go on with the machine that made it, or delete it and its labels")  # fmt: skip
+            return
+        image.save(file)
 
 
 # What labels, scores and log-probs tell
@@ -257,8 +308,18 @@ def agreement(log_ratio: Tensor, pairs: Tensor, beta: float) -> dict:
     return {"accuracy": accuracy, "margin": margin, **means}
 
 
+def kl(log_ratio: Tensor, used: slice) -> dict:
+    """Estimate of the KL of chains to the initial model, nats: of all steps, and of those that are trained.
+
+    log_ratio (T, B): log(pi_theta / pi_initial) of a policy's own chains.
+    """
+    return {name: part.sum(0).mean().item() for name, part in (("kl", log_ratio), ("kl_trained", log_ratio[used]))}
+
+
 def mean_score(rows: list[dict]) -> dict:
-    """Mean of the first scorer over the images of labels, and its standard error."""
+    """Mean of the first scorer over the images of labels, and its standard error; None where people gave the labels."""
+    if rows[0]["scores"] is None:
+        return {"score": None, "score_sem": None}
     scores = dict(pair for row in rows for pair in zip(row["images"], row["scores"], strict=True)).values()
     scores = torch.tensor([score[0] if isinstance(score, list) else score for score in scores], dtype=torch.float64)
     return {"score": scores.mean().item(), "score_sem": standard_error(scores)}
@@ -270,28 +331,44 @@ def standard_error(scores: Tensor) -> float:
 
 def pairs_of(rows: list[dict], files: list[str]) -> Tensor:
     """Rows (winner, loser) (P, 2) for the losses of d3po.py from labels of images; `files` names the batch's chains."""
-    place = {file: k for k, file in enumerate(files)}
-    rows = [row for row in rows if row["images"][0] in place]
-    ab = torch.tensor([[place[file] for file in row["images"]] for row in rows], dtype=torch.long).view(-1, 2)
-    h = torch.tensor([row["h"] for row in rows], dtype=torch.long)
-    return torch.where(h[:, None] > 0, ab, ab.flip(1))[h != 0]
+    place, pairs = {file: k for k, file in enumerate(files)}, [torch.empty(0, 2, dtype=torch.long)]
+    for row in (row for row in rows if row["images"][0] in place):
+        inside = d3po.pairs_from_tags(torch.tensor([row["bad"]])) if "bad" in row else (
+            d3po.pairs_from_feedback(torch.tensor([row["h"]]))
+        )  # fmt: skip
+        pairs.append(torch.tensor([place[file] for file in row["images"]])[inside])
+    return torch.cat(pairs)
 
 
 def versus(after: Look, before: Look) -> dict:
-    """Tuned against initial model, image by image: win rate, ties counting half, its 95 % Wilson interval, means."""
-    h = compare(after.scores, before.scores).double()
-    n, share, z = len(h), (h.mean().item() + 1) / 2, 1.96
-    middle, half = share + z * z / (2 * n), z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    interval = [end / (1 + z * z / n) for end in (middle - half, middle + half)]
-    result = {"pairs": n, "win_rate": share, "win_rate_interval": interval}
+    """Tuned against initial model, image by image: their win rate, and each one's means."""
+    result = win_rate(compare(after.scores, before.scores))
     for name, seen in (("initial", before), ("tuned", after)):
         result[name] = {"score": seen.score, "score_sem": standard_error(seen.scores[0]), "watched": seen.watched}
     return result
 
 
+def eval_row(now: Look | None, base: Look) -> dict:
+    """What metrics.jsonl says of the held-out noises: None in an epoch without a look, and where there is no scorer."""
+    if now is None:
+        return dict.fromkeys(("eval_score", "eval_win_rate", "watched"))
+    won = versus(now, base)["win_rate"] if len(now.scores) else None
+    return {"eval_score": now.score, "eval_win_rate": won, "watched": now.watched}
+
+
+def win_rate(h: Tensor) -> dict:
+    """Share of comparisons h (N,) that the first wins, ties counting half, with its 95 % Wilson interval."""
+    n, share, z = len(h), (h.double().mean().item() + 1) / 2, 1.96
+    middle, half = share + z * z / (2 * n), z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    interval = [end / (1 + z * z / n) for end in (middle - half, middle + half)]
+    return {"pairs": n, "win_rate": share, "win_rate_interval": interval}
+
+
 def tell(row: dict, epochs: int, initial: dict) -> str:
     """A row of metrics.jsonl as a line to read, and a warning where the model seems to break."""
-    parts = [f"epoch {row['epoch']}/{epochs}: score {row['score']:.3f} ± {row['score_sem']:.3f}"]
+    parts = [f"epoch {row['epoch']}/{epochs}"]
+    if row["score"] is not None:
+        parts.append(f"score {row['score']:.3f} ± {row['score_sem']:.3f}")
     if row["eval_score"] is not None:
         parts.append(f"held out {row['eval_score']:.3f} (initial {initial['eval_score']:.3f})")
         parts.append(f"win rate {row['eval_win_rate']:.0%}")
@@ -300,12 +377,13 @@ def tell(row: dict, epochs: int, initial: dict) -> str:
     if row["accuracy"] is not None:
         parts.append(f"accuracy {row['accuracy']:.0%}")
         parts.append(f"log-ratio of winners {row['log_ratio_winners']:+.2f}, losers {row['log_ratio_losers']:+.2f}")
-    parts.append(f"KL {row['kl']:.1f}; {row['seconds_sample']:.0f} + {row['seconds_train']:.0f} s")
+    parts.append(f"KL {row['kl']:.1f}, of it {row['kl_trained']:.1f} in the steps trained")
+    parts.append(f"{row['seconds_sample']:.0f} + {row['seconds_train']:.0f} s")
     if row["skipped"]:
         parts.append(f"{row['skipped']} updates skipped, their gradient overflowed")
     if (row["log_ratio_winners"] or 0) < 0:
         parts.append("WARNING: winners lose probability too; try a larger --beta or a smaller --lr")
-    if row["kl"] > KL_LIMIT:
+    if row["kl_trained"] > KL_LIMIT:
         parts.append(f"WARNING: KL to the initial model above {KL_LIMIT} nats; look at progress.png")
     return "; ".join(parts)
 
@@ -318,6 +396,7 @@ def tell(row: dict, epochs: int, initial: dict) -> str:
 # ("left": 1). The file only grows: of lines about the same images by the same person the last counts, and a null is a
 # skip. Any other tool may write such lines while no run is at work; questions.jsonl has those of the epoch in hand.
 
+SAME = 4  # mean difference of pixels, of 255, up to which an image sampled again is the one that people saw
 SIDES = 5  # the stream of random numbers for left and right, apart from those of sd_demo.py
 LONGEST = 10_000  # bytes of a request, and far more than an answer needs
 HEADERS = {
@@ -628,6 +707,27 @@ class Page:
                     raise
             self._answers[tuple(question["images"])][name] = answer
             self._change.notify_all()
+
+
+def blind_test(args, judge: Judge, after: Look, before: Look, epoch: int) -> dict:
+    """People compare tuned and initial model without knowing which is which, on the same prompts and noises (Fig. 7).
+
+    RUN/blind_eEPOCH keeps images and answers: a second start goes on where the first one stopped.
+    """
+    folder, questions = args.out / f"blind_e{epoch:03}", []
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    for n, prompt in enumerate(after.prompts):
+        pair = [f"images/{name}_{n:03}.png" for name in ("tuned", "initial")]
+        for look, file in zip((after, before), pair, strict=True):
+            judge.keep(look.images[n], folder / file)
+        questions.append({"epoch": epoch, "prompt": prompt, "images": pair, "scores": None, "h": None})
+    page = Page(folder, args.annotators, args.seed, args.port)
+    h = torch.tensor([row["h"] for row in page.ask(questions)])
+    page.close()
+    votes = [[v for v in given.values() if v is not None] for given in read_labels(page.file, questions).values()]
+    most = [2 * sum(vote == 1 for vote in given) > len(given) for given in votes]
+    told = {"annotators": args.annotators, "votes": sum(map(len, votes)), **win_rate(h)}
+    return told | {"more_than_half_of_votes": sum(most) / len(most)}
 
 
 HTML = r"""<!doctype html>

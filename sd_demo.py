@@ -1,6 +1,7 @@
-"""D3PO on Stable Diffusion: the losses of d3po.py, LoRA on the UNet, labels from a score of the images.
+"""D3PO on Stable Diffusion: the losses of d3po.py, LoRA on the UNet, labels from a score of the images or from people.
 
     python sd_demo.py --objective compressibility              # SD 1.5 with a CUDA GPU, else the bundled emoji model
+    python sd_demo.py --objective human                        # a page asks you which of two images is better
     accelerate launch sd_demo.py --objective compressibility   # several GPUs
 
 `main` is Alg. 1: sample groups of images, each from one x_T (lines 3-11); label them (12-22, feedback.py); train on the
@@ -8,7 +9,6 @@ pairs (23-36, d3po.py). A run folder has config.json, metrics.jsonl, labels.json
 pipe.load_lora_weights) and checkpoint/ (for --resume).
 """
 
-import contextlib
 import json
 import math
 import os
@@ -17,18 +17,18 @@ import shlex
 import sys
 import time
 from argparse import BooleanOptionalAction, Namespace
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import AutocastKwargs, broadcast_object_list, gather_object
+from accelerate.utils import AutocastKwargs, InitProcessGroupKwargs, broadcast_object_list, gather_object
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from diffusers.training_utils import cast_training_params
 from diffusers.utils import convert_state_dict_to_diffusers
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
-from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
@@ -40,22 +40,23 @@ EMOJI, SD15 = runs.ROOT / "toy" / "emoji_sd", "stable-diffusion-v1-5/stable-diff
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 # What measured best on the emoji model, where it differs from the flags' defaults
 EMOJI_DEFAULTS = {
-    "epochs": 30, "pairs_per_epoch": 4, "batch_size": 4, "images_per_prompt": 8, "num_steps": 10, "guidance_scale": 3.0,
-    "lr": 1e-3, "gradient_checkpointing": False, "watch": f"{EMOJI / 'classifier.py'}:recognised",
+    "epochs": 24, "pairs_per_epoch": 4, "batch_size": 4, "images_per_prompt": 8, "num_steps": 10, "guidance_scale": 1.0,
+    "lr": 1.5e-3, "beta": 0.06, "gradient_checkpointing": False, "eval_images": 90, "eval_every": 4,
+    "watch": f"{EMOJI / 'classifier.py'}:recognised",
 }  # fmt: skip
 # Table 2 and Sec. 5.1 (4 GPUs, 2 batches of 10 pairs each), and what the released code adds; beta is 0.1 / D
 PAPER_RECIPE = {
     "epochs": 400, "pairs_per_epoch": 80, "batch_size": 10, "images_per_prompt": 2, "num_steps": 20, "eta": 1.0,
     "guidance_scale": 5.0, "loss": "eq14", "beta": None, "clip": 0.1, "reference": "initial",
-    "update_every": "trajectory", "lr": 3e-5, "weight_decay": 1e-4, "max_grad_norm": 1.0,
+    "update_every": "trajectory", "lr": 3e-5, "weight_decay": 1e-4, "max_grad_norm": 1.0, "skip_last": 0,
 }  # fmt: skip
 TRAINING, STEPS, PROMPTS, HELD_OUT, EVALUATION = range(5)  # streams of random numbers, apart from each other
 SHOWN = 8  # held-out images in the figures
-HELD, HELD_CHECKPOINTED = 362, 90  # what autograd holds in SD 1.5's UNet, in feature maps of its first block
+HELD = {False: 362, True: 90}  # by checkpointing: what autograd holds in SD 1.5's UNet, in maps of its first block
 MAX_SKIPPED = 10  # updates in a row whose gradient overflowed
-OF_ONE_START = ("out", "resume", "evaluate", "dry_run")  # flags that a run does not keep
+OF_ONE_START = {"out", "resume", "evaluate", "dry_run", "port"}  # flags that a run does not keep
 POSITIVE = ("epochs", "pairs_per_epoch", "batch_size", "num_steps", "eta", "guidance_scale", "beta", "clip", "lr",
-            "max_grad_norm", "lora_rank", "eval_images", "eval_every")  # fmt: skip
+            "max_grad_norm", "lora_rank", "eval_images", "eval_every", "annotators")  # fmt: skip
 
 
 # Command line
@@ -79,8 +80,9 @@ def parse(argv: list[str] | None) -> tuple[runs.Parser, Namespace]:
     add("--beta", type=float, default=0.05, help="strength of the KL, per nat of a summed log-prob")
     add("--clip", type=float, help="clamp pi_theta / pi_ref to 1 +- this")
     add("--reference", choices=["initial", "previous"], default="initial", help="initial model, or that which sampled")
+    add("--skip-last", type=int, default=2, metavar="N", help="do not train the last N steps: they see a tiny sigma")
     add("--update-every", choices=["timestep", "trajectory"], default="timestep")
-    add("--lr", type=float, default=3e-4, help="step size of AdamW")
+    add("--lr", type=float, default=3e-4, help="step size of AdamW at the start; it falls to 0 as a cosine")
     add("--weight-decay", type=float, default=1e-4)
     add("--max-grad-norm", type=float, default=1.0)
     add("--lora-rank", type=int, default=16)
@@ -99,28 +101,26 @@ def parse(argv: list[str] | None) -> tuple[runs.Parser, Namespace]:
     args = parser.parse_args(argv)
 
     if folder := args.resume or args.evaluate:
-        try:
-            saved = json.loads((folder / "config.json").read_text())
-            saved = {name: saved[name] for name in vars(args) if name not in OF_ONE_START}
-        except (OSError, ValueError, KeyError, TypeError):
-            parser.error(f"{folder} is no run of sd_demo.py: it has no config.json with its settings")
+        saved = runs.settings_of(parser, folder, vars(args).keys() - OF_ONE_START)
         parser.set_defaults(**saved)
         args = parser.parse_args(argv)
-        changed = [f"--{n.replace('_', '-')} {v}" for n, v in saved.items() if getattr(args, n) != v and n != "epochs"]
-        if args.resume and changed:
-            parser.error(f"--resume {folder} was started with {', '.join(changed)}: give the same, or a new run")
+        fixed = saved.keys() - {"epochs"} if args.resume else ("model", "lora_rank")
+        if changed := [f"--{n.replace('_', '-')} {saved[n]}" for n in sorted(fixed) if getattr(args, n) != saved[n]]:
+            parser.error(f"{folder} was started with {', '.join(changed)}: give the same, or a new run")
         args.out = folder
     else:
         model = args.model or (SD15 if cuda else str(EMOJI))
         parser.set_defaults(model=model, **(EMOJI_DEFAULTS if Path(model).resolve() == EMOJI else {}))
         parser.set_defaults(**({} if args.prompts == "animals" else {"watch": None}))  # its classifier knows no other
+        parser.set_defaults(**feedback.PEOPLE.get(args.objective, {}))
         parser.set_defaults(**(PAPER_RECIPE if args.recipe == "paper" else {}))
         args = parser.parse_args(argv)
     runs.refuse_unless_positive(parser, args, *POSITIVE)
     refuse = [
         (not args.objective, "--objective: say what to learn, such as --objective compressibility"),
         (args.images_per_prompt < 2, f"--images-per-prompt {args.images_per_prompt}: a preference needs 2 or more"),
-        (args.eta > 1, f"--eta {args.eta}: give a number above 0 and at most 1"),
+        (not 0 <= args.skip_last < args.num_steps, f"--skip-last {args.skip_last}: some of the --num-steps "
+         f"{args.num_steps} must be left to train"),
         (args.clip and args.clip >= 1, f"--clip {args.clip}: give a number below 1"),
         (args.loss == "chain" and (args.clip or args.update_every == "timestep"),
          "--loss chain has one loss for a chain: give --update-every trajectory, and no --clip"),
@@ -136,21 +136,27 @@ def parse(argv: list[str] | None) -> tuple[runs.Parser, Namespace]:
 # The pipeline as a policy
 
 class Guided:
-    """A UNet as the denoiser of d3po.py: guided, epsilon also where it predicts v, one call for both halves.
+    """A UNet as the denoiser of d3po.py: guided, in one call for both halves; epsilon also where it predicts v.
 
     x (B, 4, H, W), time (B,), cond (B, 2, L, C): embeddings of the empty prompt and of the prompt. Returns float32.
+    lora=False: the model before training, which is the same UNet with the LoRA off.
     """
 
-    def __init__(self, unet, pipe: StableDiffusionPipeline, scale: float, tick=lambda: None):
-        self.unet, self.dtype, self.scale, self.tick = unet, pipe.unet.dtype, scale, tick
+    def __init__(self, unet, pipe: StableDiffusionPipeline, scale: float, tick=lambda: None, lora: bool = True):
+        self.unet, self.dtype, self.scale, self.tick, self.lora = unet, pipe.unet.dtype, scale, tick, lora
         self.v_prediction = pipe.scheduler.config.prediction_type == "v_prediction"
         self.alpha_bars = pipe.scheduler.alphas_cumprod.to(pipe.unet.device)
 
     def __call__(self, x: Tensor, time: Tensor, cond: Tensor) -> Tensor:
-        states, text = x.to(self.dtype).repeat(2, 1, 1, 1), cond.transpose(0, 1).flatten(0, 1)
-        empty, prompt = self.unet(states, time.repeat(2), text).sample.float().chunk(2)
+        parts = 1 if self.scale == 1 else 2  # at scale 1 the empty prompt's half has no weight
+        states, text = x.to(self.dtype).repeat(parts, 1, 1, 1), cond[:, -parts:].transpose(0, 1).flatten(0, 1)
+        if not self.lora:
+            self.unet.disable_adapters()
+        empty, *rest = self.unet(states, time.repeat(parts), text).sample.float().chunk(parts)
+        if not self.lora:
+            self.unet.enable_adapters()
         self.tick()
-        out = empty + self.scale * (prompt - empty)
+        out = empty + self.scale * (rest[0] - empty) if rest else empty
         if self.v_prediction:  # v = sqrt(ab) eps - sqrt(1 - ab) x_0 (arXiv 2202.00512)
             ab = self.alpha_bars[time].view(-1, 1, 1, 1)
             out = ab.sqrt() * out + (1 - ab).sqrt() * x
@@ -161,6 +167,7 @@ class Model(NamedTuple):
     pipe: StableDiffusionPipeline
     policy: Guided  # through accelerate's wrapper, which averages the gradients of several processes
     sampler: Guided  # the same weights without the wrapper, for passes without gradient
+    initial: Guided  # the model before training
     schedule: d3po.Schedule
     prompts: list[str]
     text: Tensor  # (prompts + 1, L, C), on the CPU; the last is the empty prompt's
@@ -184,6 +191,8 @@ def load_model(args: Namespace, accelerator: Accelerator, tick) -> Model:
     old, pipe.scheduler = pipe.scheduler, DDIMScheduler.from_config(pipe.scheduler.config, set_alpha_to_one=False)
     if type(old) is not DDIMScheduler or old.config.set_alpha_to_one:
         accelerator.print(f"Scheduler: DDIM with set_alpha_to_one off, in place of the model's {type(old).__name__}.")
+    if pipe.scheduler.config.prediction_type == "sample":
+        raise ValueError(f"--model {args.model} predicts x_0: give one that predicts epsilon or v")
     pipe.scheduler.set_timesteps(args.num_steps)
     times = pipe.scheduler.timesteps
     times = times if times.min() >= 1 else None  # a step from model time 0 would have no noise
@@ -200,26 +209,11 @@ def load_model(args: Namespace, accelerator: Accelerator, tick) -> Model:
     if args.gradient_checkpointing:
         pipe.unet.enable_gradient_checkpointing()
     prompts = feedback.load_prompts(args.prompts)
-    with torch.no_grad():
-        text = [pipe.encode_prompt(prompt, accelerator.device, 1, False)[0].cpu() for prompt in [*prompts, ""]]
+    text = [pipe.encode_prompt(prompt, accelerator.device, 1, False)[0].cpu() for prompt in [*prompts, ""]]
     pipe.text_encoder.to("cpu")
     guided = partial(Guided, pipe=pipe, scale=args.guidance_scale, tick=tick)
-    return Model(pipe, guided(accelerator.prepare(pipe.unet)), guided(pipe.unet), schedule, prompts, torch.cat(text))
-
-
-@contextlib.contextmanager
-def initial(model: Model):
-    """The model before training: the same UNet with the LoRA off."""
-    model.pipe.unet.disable_adapters()
-    try:
-        yield
-    finally:
-        model.pipe.unet.enable_adapters()
-
-
-def initial_log_prob(model: Model, batch: "Batch") -> Tensor:
-    with initial(model):
-        return d3po.trajectory_log_prob(model.sampler, model.schedule, batch.chains, batch.cond)
+    denoisers = guided(accelerator.prepare(pipe.unet)), guided(pipe.unet), guided(pipe.unet, lora=False)
+    return Model(pipe, *denoisers, schedule, prompts, torch.cat(text))
 
 
 # Alg. 1
@@ -228,20 +222,19 @@ class Batch(NamedTuple):
     chains: d3po.Trajectory  # of N K chains
     cond: Tensor  # (N K, 2, L, C)
     prompts: list[str]  # N K
-    images: list[Image.Image]  # N K
+    images: list  # N K, PIL's
 
 
-def sample(model: Model, args: Namespace, prompts: Tensor, K: int, *numbers: int) -> Batch:
+def sample(model: Model, denoiser: Guided, args: Namespace, prompts: Tensor, K: int, *numbers: int) -> Batch:
     """K images from one x_T for each of the prompts, given by number (N,).   Paper: Alg. 1 lines 4-11."""
     vae, unet, noise = model.pipe.vae, model.pipe.unet, runs.generator(args.seed, *numbers)
     device, side = unet.device, unet.config.sample_size
     x_T = torch.randn(len(prompts), unet.config.in_channels, side, side, generator=noise)
     rows = prompts.repeat_interleave(K)
     cond = torch.stack([model.text[-1:].expand(len(rows), -1, -1), model.text[rows]], 1).to(device)
-    chains = d3po.rollout(model.sampler, model.schedule, x_T.repeat_interleave(K, 0).to(device), cond, noise)
+    chains = d3po.rollout(denoiser, model.schedule, x_T.repeat_interleave(K, 0).to(device), cond, noise)
     latents = chains.x[-1].to(vae.dtype) / vae.config.scaling_factor
-    with torch.no_grad():
-        images = model.pipe.image_processor.postprocess(vae.decode(latents).sample, output_type="pil")
+    images = model.pipe.image_processor.postprocess(vae.decode(latents).sample, output_type="pil")
     return Batch(chains, cond, [model.prompts[n] for n in rows], images)
 
 
@@ -269,31 +262,28 @@ def train(model: Model, args: Namespace, accelerator: Accelerator, optimizer, ba
                 optimizer.step()  # a GradScaler looks at the gradient itself
             skipped = not finite or optimizer.step_was_skipped
             optimizer.zero_grad()
-        pieces = len(steps) if chain else 1  # that a loss was cut into
-        told.append((pieces * weight * loss.item(), skipped))
+        told.append(((len(steps) if chain else 1) * weight * loss.item(), skipped))  # a chain's loss comes in pieces
     return told
 
 
 # What a run leaves, and what it says
 
-def held_out(model: Model, args: Namespace, judge: feedback.Judge, stream: int, epoch: int | None = None):
-    """Images of fixed prompts and noises, whatever was trained; some are kept where an epoch is given."""
+def held_out(model: Model, denoiser: Guided, args: Namespace, judge, stream: int, epoch: int | None = None):
+    """A look at images of fixed prompts and noises, whatever was trained; some are kept where an epoch is given."""
     size, images, prompts = args.batch_size * args.images_per_prompt, [], []
     for start in range(0, args.eval_images, size):
         numbers = torch.arange(start, min(start + size, args.eval_images)) % len(model.prompts)
-        batch = sample(model, args, numbers, 1, stream, start)
+        batch = sample(model, denoiser, args, numbers, 1, stream, start)
         images, prompts = images + batch.images, prompts + batch.prompts
     for n, image in enumerate(images[: SHOWN if epoch is not None else 0]):
         image.save(args.out / f"images/held_out_e{epoch:03}_{n}.png")
     return judge.look(images, prompts)
 
 
-def evaluate(model: Model, args: Namespace, judge: feedback.Judge) -> None:
-    with initial(model):
-        before = held_out(model, args, judge, EVALUATION)
-    after = held_out(model, args, judge, EVALUATION)
-    result = {"objective": args.objective, **feedback.versus(after, before)}
-    runs.save_json(args.out / "evaluation.json", result)
+def evaluate(model: Model, args: Namespace, judge: feedback.Judge, done: int) -> None:
+    before, after = (held_out(model, d, args, judge, EVALUATION) for d in (model.initial, model.sampler))
+    found = feedback.blind_test(args, judge, after, before, done) if judge.asks else feedback.versus(after, before)
+    runs.save_json(args.out / "evaluation.json", result := {"objective": args.objective, **found})
     print(json.dumps(result, indent=2))
     print(plots.draw_pairs(before.images, after.images, args.out / "evaluation.png"))
 
@@ -316,16 +306,16 @@ def open_folder(parser: runs.Parser, args: Namespace, accelerator: Accelerator, 
             accelerator.scaler.load_state_dict(state["scaler"])
         epoch = state["epoch"]
     if keeps:
-        for name in ("metrics.jsonl", "labels.jsonl"):  # rows of an epoch that was not finished
-            runs.keep_rows(args.out / name, lambda row: row["epoch"] <= epoch)
+        for name in ("metrics.jsonl", *(() if args.objective in feedback.PEOPLE else ("labels.jsonl",))):
+            runs.keep_rows(args.out / name, lambda row: row["epoch"] <= epoch)  # drops an epoch that was not finished
     return epoch
 
 
 def save(model: Model, args: Namespace, accelerator: Accelerator, optimizer, epoch: int) -> None:
     """checkpoint/ for --resume and lora/ for pipe.load_lora_weights: each file is the old one or the new one."""
     lora = get_peft_model_state_dict(model.pipe.unet)
-    scaler = None if accelerator.scaler is None else accelerator.scaler.state_dict()
-    state = {"epoch": epoch, "lora": lora, "optimizer": optimizer.state_dict(), "scaler": scaler}
+    state = {"epoch": epoch, "lora": lora, "optimizer": optimizer.state_dict()}
+    state["scaler"] = accelerator.scaler and accelerator.scaler.state_dict()
     part, name = args.out / "checkpoint", "pytorch_lora_weights.safetensors"
     StableDiffusionPipeline.save_lora_weights(part, unet_lora_layers=convert_state_dict_to_diffusers(lora))
     os.replace(part / name, args.out / "lora" / name)
@@ -335,86 +325,95 @@ def save(model: Model, args: Namespace, accelerator: Accelerator, optimizer, epo
     runs.save_tensors(args.out / "checkpoint" / "state.pt", state)
 
 
-def plan(model: Model, args: Namespace, processes: int) -> tuple[str, float]:
-    """What a run costs and what beta means, in words; UNet calls an epoch. Fills in the beta of the paper's recipe."""
+def plan(model: Model, args: Namespace, processes: int) -> tuple[str, int, int]:
+    """What a run costs and what beta means, in words; UNet calls an epoch, and a look. Sets the paper's beta."""
     unet, config, K, T = model.pipe.unet, model.pipe.unet.config, args.images_per_prompt, args.num_steps
     if (groups := args.pairs_per_epoch) % (across := args.batch_size * processes):
         raise ValueError(f"--pairs-per-epoch {groups}: give a multiple of {across}, as many as are trained on together")
     D = config.in_channels * config.sample_size**2
     args.beta = 0.1 / D if args.beta is None else args.beta
-    trained = 1 if args.loss == "eq12" else T
+    trained = 1 if args.loss == "eq12" else T - args.skip_last
     without = T * (args.reference == "initial") + trained * (args.loss == "chain")  # gradient
-    looks = math.ceil(args.eval_images / (args.batch_size * K)) * T / args.eval_every
-    calls = groups // across * (T + without + trained) + T * (1 if args.reference == "initial" else 2) + looks
+    calls = groups // across * (T + without + trained) + T * (1 if args.reference == "initial" else 2)
     lora = sum(p.numel() for p in unet.parameters() if p.requires_grad)
     weights = sum(p.numel() * p.element_size() for part in (unet, model.pipe.vae) for p in part.parameters())
-    first_map = 2 * args.batch_size * K * config.sample_size**2 * config.block_out_channels[0] * unet.dtype.itemsize
-    memory = weights + 12 * lora + (HELD_CHECKPOINTED if args.gradient_checkpointing else HELD) * first_map
-    rows = 2 * groups * K  # with guidance
-    said = f"""{args.model} on {unet.device}, {args.precision}; LoRA rank {args.lora_rank}: {lora / 1e6:.2f} M weights.
-Objective {args.objective}. An epoch: {groups} groups of {K} images, {groups * K * (K - 1) // 2} labels;
+    rows = (1 if args.guidance_scale == 1 else 2) * groups * K  # of an epoch's batches
+    first_map = config.sample_size**2 * config.block_out_channels[0] * unet.dtype.itemsize
+    memory = weights + 12 * lora + HELD[args.gradient_checkpointing] * first_map * args.batch_size * rows // groups
+    labels = groups if args.objective == "tags" else groups * K * (K - 1) // 2
+    here = unet.device if unet.device.type == "cuda" else f"{unet.device}, as there is no CUDA GPU"
+    said = f"""{args.model} on {here}; {args.precision}; LoRA rank {args.lora_rank}: {lora / 1e6:.2f} M weights.
+Objective {args.objective}. An epoch: {groups} groups of {K} images, {labels} labels;
 UNet evaluations: {rows * T:,} to sample, {rows * without:,} without and {rows * trained:,} with gradient to train.
 beta {args.beta:.3g} per nat of a step's log-ratio, a sum over {D:,} latent elements; as {args.beta * D:.3g}
 for their mean, which the released code takes. Memory: about {memory / 1e9:.1f} GB."""
-    return said, calls
+    return said, calls, math.ceil(args.eval_images / (args.batch_size * K)) * T
 
 
 def main(argv: list[str] | None = None) -> None:
     parser, args = parse(argv)
-    handlers = [AutocastKwargs(enabled=False)]  # the LoRA's layers cast for themselves
+    # The LoRA's layers cast for themselves, and processes wait for a person as long as it takes
+    handlers = [AutocastKwargs(enabled=False), InitProcessGroupKwargs(timeout=timedelta(days=30))]
     accelerator = Accelerator(mixed_precision="fp16" if args.precision == "fp16" else "no", kwargs_handlers=handlers)
     bar = tqdm(unit=" UNet calls", mininterval=0.5, delay=0.1, disable=args.dry_run or not accelerator.is_main_process)
     try:
         model = load_model(args, accelerator, bar.update)
         judge = feedback.Judge(args, model.prompts, accelerator.device)
-        said, calls = plan(model, args, accelerator.num_processes)
+        said, calls, look = plan(model, args, accelerator.num_processes)
     except ValueError as error:
         parser.error(str(error))
     accelerator.print(said)
     if args.dry_run:
         return
-    weights = (p for p in model.pipe.unet.parameters() if p.requires_grad)
+    weights = [p for p in model.pipe.unet.parameters() if p.requires_grad]
     optimizer = accelerator.prepare(torch.optim.AdamW(weights, args.lr, weight_decay=args.weight_decay))
     done = open_folder(parser, args, accelerator, model, optimizer)
-    bar.total = round(calls * (args.epochs - done))
+    looks = {args.epochs, *range(0, args.epochs, args.eval_every)} - set(range(1, done + 1))
+    bar.total = 2 * look if args.evaluate else calls * (args.epochs - done) + look * len(looks)
     try:
         if not args.evaluate:
             learn(model, args, accelerator, optimizer, judge, bar, done)
         elif accelerator.is_main_process:
-            evaluate(model, args, judge)
-    except (feedback.ScorerError, FloatingPointError) as error:
+            evaluate(model, args, judge, done)
+    except KeyboardInterrupt:
+        sys.exit(f"Stopped. Go on with: python sd_demo.py --resume {args.out}")
+    except (feedback.ScorerError, feedback.LabelError, FloatingPointError) as error:
         sys.exit(f"{error}. The run stops; {args.out} keeps the model of the last good epoch.")
 
 
 def learn(model: Model, args: Namespace, accelerator: Accelerator, optimizer, judge, bar: tqdm, done: int) -> None:
     """The main loop of Alg. 1, from the epoch after `done`."""
     chief, size, K, streak = accelerator.is_main_process, args.batch_size, args.images_per_prompt, 0
-    with initial(model):
-        base = held_out(model, args, judge, HELD_OUT, 0) if chief else None
+    used = slice(args.num_steps - args.skip_last)  # steps
+
+    def under(denoiser, batch):
+        return d3po.trajectory_log_prob(denoiser, model.schedule, batch.chains, batch.cond)
+
     if chief:
+        base = held_out(model, model.initial, args, judge, HELD_OUT, 0)
         config = json.loads((args.out / "config.json").read_text())
         config["epochs"], config["initial"] = args.epochs, {"eval_score": base.score, "watched": base.watched}
         runs.save_json(args.out / "config.json", config)
 
     for epoch in range(done + 1, args.epochs + 1):  # Alg. 1 line 2
         began, batches, rows = time.perf_counter(), [], []
+        optimizer.param_groups[0]["lr"] = args.lr * (1 + math.cos(math.pi * (epoch - 1) / args.epochs)) / 2
         chance = runs.generator(args.seed, PROMPTS, epoch)
         numbers = torch.randint(len(model.prompts), (args.pairs_per_epoch,), generator=chance)
-        for first in range(accelerator.process_index * size, len(numbers), accelerator.num_processes * size):
-            batch = sample(model, args, numbers[first : first + size], K, TRAINING, epoch, first)  # lines 3-11
+        for first in range(accelerator.process_index * size, len(numbers), accelerator.num_processes * size):  # line 3
+            batch = sample(model, model.sampler, args, numbers[first : first + size], K, TRAINING, epoch, first)
             files = [f"images/e{epoch:03}_p{first + n // K:02}_k{n % K}.png" for n in range(size * K)]
             for image, file in zip(batch.images, files, strict=True):
-                image.save(args.out / file)
+                judge.keep(image, args.out / file)
             rows += judge.label(batch.images, batch.prompts, files, K, epoch)
             batches.append((batch, files))
-        rows = gather_object(rows)  # lines 12-22
-        if chief:
-            runs.append(args.out / "labels.jsonl", rows)
-        sampled, told, refs = time.perf_counter(), [], []
+        rows, sampled = gather_object(rows), time.perf_counter()
+        (rows,) = broadcast_object_list([judge.settle(rows) if chief else None])  # lines 12-22
+        labelled, told, refs = time.perf_counter(), [], []
 
         for n, (batch, files) in enumerate(batches):  # lines 23-36
-            refs.append(batch.chains.log_prob if args.reference == "previous" else initial_log_prob(model, batch))
-            order = torch.randperm(args.num_steps, generator=runs.generator(args.seed, STEPS, epoch, n)).tolist()
+            refs.append(batch.chains.log_prob if args.reference == "previous" else under(model.initial, batch))
+            order = torch.randperm(used.stop, generator=runs.generator(args.seed, STEPS, epoch, n)).tolist()
             told += train(model, args, accelerator, optimizer, batch, feedback.pairs_of(rows, files), refs[n], order)
         for skipped in (skipped for _, skipped in told if skipped is not None):
             streak = streak + 1 if skipped or streak >= MAX_SKIPPED else 0
@@ -424,26 +423,26 @@ def learn(model: Model, args: Namespace, accelerator: Accelerator, optimizer, ju
         losses, trained = gather_object([loss for loss, _ in told]), time.perf_counter()
         if chief:
             (batch, files), ref = batches[0], refs[0]  # what training did to one batch stands for the epoch
-            after = d3po.trajectory_log_prob(model.sampler, model.schedule, batch.chains, batch.cond)
-            first = ref if args.reference == "initial" else initial_log_prob(model, batch)
+            after = under(model.sampler, batch)
+            first = ref if args.reference == "initial" else under(model.initial, batch)
+            look = epoch % args.eval_every == 0 or epoch == args.epochs
+            now = held_out(model, model.sampler, args, judge, HELD_OUT, epoch) if look else None
             row = {
                 "epoch": epoch, "labels": epoch * len(rows), **feedback.mean_score(rows),
-                "eval_score": None, "eval_win_rate": None, "watched": None,
-                **feedback.agreement((after - ref).sum(0), feedback.pairs_of(rows, files), args.beta),
-                "kl": (batch.chains.log_prob - first).sum(0).mean().item(),
+                **feedback.eval_row(now, base),
+                **feedback.agreement((after - ref)[used].sum(0), feedback.pairs_of(rows, files), args.beta),
+                **feedback.kl(batch.chains.log_prob - first, used),
                 "loss": sum(losses) / len(losses) if losses else None, "skipped": [s for _, s in told].count(True),
-                "seconds_sample": sampled - began, "seconds_train": trained - sampled,
+                "seconds_sample": sampled - began, "seconds_train": trained - labelled,
                 "peak_memory_mb": runs.peak_memory_mb(),
             }  # fmt: skip
-            if epoch % args.eval_every == 0 or epoch == args.epochs:
-                now = held_out(model, args, judge, HELD_OUT, epoch)
-                won = feedback.versus(now, base)["win_rate"]
-                row |= {"eval_score": now.score, "eval_win_rate": won, "watched": now.watched}
             runs.append(args.out / "metrics.jsonl", [row])
             bar.write(feedback.tell(row, args.epochs, config["initial"]))
             plots.draw_curves(args.out)
             save(model, args, accelerator, optimizer, epoch)
+            judge.status(f"Sampling, epoch {epoch + 1}")
         accelerator.wait_for_everyone()
+    judge.close()
 
 
 if __name__ == "__main__":

@@ -198,7 +198,7 @@ def test_a_scorer_is_tried_on_the_prompts_of_the_run(tmp_path):
 
 @pytest.mark.parametrize("objective", ["beauty", "", "compressibility,", "compressibility,beauty"])
 def test_an_unknown_objective_is_refused_with_the_choice(objective):
-    with pytest.raises(ValueError, match="unknown: choose from compressibility, .*FILE.py:FUNCTION"):
+    with pytest.raises(ValueError, match="unknown: choose one of compressibility, .*FILE.py:FUNCTION"):
         feedback.load_scorers(objective, PROMPTS)
 
 
@@ -301,7 +301,7 @@ def test_the_standard_error_of_one_score_is_zero():
 
 
 def look(scores, watched=None):
-    return feedback.Look([], torch.tensor([scores], dtype=torch.float64), watched)
+    return feedback.Look([], [], torch.tensor([scores], dtype=torch.float64), watched)
 
 
 def test_the_win_rate_has_wilsons_interval():
@@ -322,8 +322,8 @@ def test_the_interval_stays_inside_0_and_1_and_ties_count_half(wins, ends):
 
 ROW = {
     "epoch": 3, "score": -2.0, "score_sem": 0.1, "eval_score": None, "eval_win_rate": None, "watched": None,
-    "accuracy": 0.75, "log_ratio_winners": 1.5, "log_ratio_losers": -0.5, "kl": 12.0, "loss": 0.6, "skipped": 0,
-    "seconds_sample": 1.0, "seconds_train": 2.0,
+    "accuracy": 0.75, "log_ratio_winners": 1.5, "log_ratio_losers": -0.5, "kl": 12.0, "kl_trained": 9.0,
+    "loss": 0.6, "skipped": 0, "seconds_sample": 1.0, "seconds_train": 2.0,
 }  # fmt: skip
 
 
@@ -333,13 +333,29 @@ ROW = {
      ({"eval_score": -1.0, "eval_win_rate": 0.9, "watched": 0.8}, ["held out -1.000 (initial -2.500)", "rate 90%",
                                                                     "watched 0.800 (initial 0.500)"]),
      ({"log_ratio_winners": -0.1}, ["WARNING: winners lose probability", "--beta"]),
-     ({"kl": feedback.KL_LIMIT + 1.0}, ["WARNING: KL", "progress.png"]),
+     ({"kl_trained": feedback.KL_LIMIT + 1.0}, ["WARNING: KL", "progress.png"]),
      ({"skipped": 2}, ["2 updates skipped"])],
 )  # fmt: skip
 def test_an_epochs_line_tells_and_warns(change, words):
     line = feedback.tell(ROW | change, 9, {"eval_score": -2.5, "watched": 0.5})
     assert all(word in line for word in words) and "\n" not in line
     assert line.count("WARNING") == sum("WARNING" in word for word in words)
+
+
+def test_an_epoch_that_people_labelled_has_no_score():
+    assert feedback.mean_score([{"images": ["a", "b"], "scores": None, "h": 1}]) == {"score": None, "score_sem": None}
+    row = ROW | {"score": None, "score_sem": None, "watched": 0.8}
+    line = feedback.tell(row, 9, {"eval_score": None, "watched": 0.5})
+    assert line.startswith("epoch 3/9; watched 0.800 (initial 0.500); accuracy")
+    look = feedback.Look([], [], torch.empty(0, 4), 0.25)
+    assert feedback.eval_row(look, look) == {"eval_score": None, "eval_win_rate": None, "watched": 0.25}
+
+
+def test_tags_become_pairs_of_their_own_group():
+    rows = [{"images": ["c", "d", "e"], "bad": [True, False, False]}, {"images": ["f", "g", "h"], "bad": [True] * 3},
+            {"images": ["x", "y", "z"], "bad": [False, True, True]}]  # fmt: skip
+    assert feedback.pairs_of(rows, ["e", "d", "c", "h", "g", "f"]).tolist() == [[1, 2], [0, 2]]
+    assert feedback.pairs_of(rows[1:2], ["h", "g", "f"]).shape == (0, 2)
 
 
 def test_an_epoch_of_ties_is_told_without_a_warning():

@@ -1,5 +1,6 @@
 """The labelling page: its file format, what several people say together, its endpoints, and a real browser."""
 
+import io
 import json
 import math
 import os
@@ -14,6 +15,7 @@ import time
 from pathlib import Path
 
 import httpx
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -747,3 +749,186 @@ def test_chromium_layout_fits_without_scrolling(tab, start, tmp_path, kind, wide
         assert a["y"] == b["y"] and a["x"] < b["x"] and (a["width"] > 0.4 * wide or a["height"] > 0.4 * high)
     shown.locator("main button").first.click() if kind == "h" else shown.get_by_text("Confirm").click()
     assert len(run.finish()) == 1 and shown.problems == []
+
+
+# The page and the training
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    from test_sd_demo import make_pipeline
+
+    folder = tmp_path_factory.mktemp("tiny") / "pipeline"
+    make_pipeline().save_pretrained(folder)
+    return folder
+
+
+TRAINING = "--precision fp32 --num-steps 3 --skip-last 0 --lr 0.01 --lora-rank 4 --eval-images 2 --eval-every 1"
+TRAINING += " --seed 3 --epochs 2 --pairs-per-epoch 4 --images-per-prompt 2 --batch-size 2 --guidance-scale 3"
+
+
+def sd_demo(*flags) -> list[str]:
+    kept = {"--resume", "--evaluate"} & set(flags)  # these runs have their settings
+    return [sys.executable, str(HERE / "sd_demo.py"), *([] if kept else TRAINING.split()), *map(str, flags)]
+
+
+@pytest.fixture
+def training(tmp_path):
+    """Start sd_demo.py beside the test."""
+    started = []
+
+    def starter(*flags):
+        env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        with (tmp_path / "said.txt").open("a") as said:
+            started.append(subprocess.Popen(sd_demo(*flags), stdout=said, stderr=said, cwd=tmp_path, env=env))
+        return started[-1]
+
+    yield starter
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+def finished(process, tmp_path):
+    assert process.wait(WAIT) == 0, (tmp_path / "said.txt").read_text()
+
+
+def plainer(http, question) -> int:
+    """What a person says who likes the plainer image: the smaller JPEG."""
+    images = [Image.open(io.BytesIO(http.get(url).content)) for url in question["images"]]
+    return int(np.sign(page.jpeg_kb(images[1]) - page.jpeg_kb(images[0])))
+
+
+def label(port, answers, process, stop=None) -> int:
+    """Answer every question of a run, or the first `stop` ones, as `answers(http, question)` says."""
+    given = 0
+    with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=WAIT, trust_env=False) as http:
+        while given != stop and process.poll() is None:
+            try:
+                asked = [q for q in http.get("/state").json()["questions"] if not q["answered"]]
+                for q in asked[: stop and stop - given]:
+                    reply = http.post("/answer", json={"id": q["id"], "answer": answers(http, q), "name": None})
+                    assert reply.status_code == 200
+                    given += 1
+            except httpx.TransportError:
+                pass  # not open yet, or closed at the end
+            time.sleep(0.05)
+    return given
+
+
+def what_training_left(out: Path):
+    return (out / "lora" / "pytorch_lora_weights.safetensors").read_bytes(), json.loads(
+        (out / "metrics.jsonl").read_text().splitlines()[-1]
+    )
+
+
+def test_a_person_who_likes_plain_images_trains_the_weights_of_the_automatic_objective(tiny, training, tmp_path):
+    """And no kill -9 changes that: it comes in the middle of the first epoch's labels, and of the second's."""
+    automatic, people, port = tmp_path / "automatic", tmp_path / "people", free_port()
+    flags = ["--model", tiny, "--reference", "previous"]
+    finished(training(*flags, "--objective", "compressibility", "--out", automatic), tmp_path)
+    asks = ["--objective", "human", "--watch", "compressibility"]
+    process = training(*flags, *asks, "--port", port, "--out", people)
+    given = label(port, plainer, process, 3)
+    process.kill(), process.wait()
+    assert len(lines(people)) == given == 3
+    process = training("--resume", people, "--port", port)
+    given += label(port, plainer, process, 3)
+    process.kill(), process.wait()
+    assert len(lines(people)) == given == 6
+    process = training("--resume", people, "--port", port)
+    given += label(port, plainer, process)
+    finished(process, tmp_path)
+    assert given == 8 == len(lines(people))
+    stored = {tuple(row["images"]): row["h"] for row in lines(people)}
+    assert stored == {tuple(row["images"]): row["h"] for row in lines(automatic)} and set(stored.values()) >= {1, -1}
+    (weights, told), (expected, score) = what_training_left(people), what_training_left(automatic)
+    assert weights == expected
+    assert told["watched"] == score["eval_score"] and told["score"] is told["eval_score"] is None
+    assert told["loss"] == score["loss"] and told["accuracy"] == score["accuracy"]
+    assert all((people / f"{name}.png").exists() for name in ("reward_curve", "progress", "before_after"))
+
+
+def test_labels_of_another_tool_train_without_a_page(tiny, training, tmp_path):
+    out, port = tmp_path / "run", free_port()
+    asks = ["--objective", "tags", "--images-per-prompt", "3", "--pairs-per-epoch", "2", "--epochs", "1"]
+    process = training("--model", tiny, *asks, "--port", port, "--out", out)
+    until(lambda: answering(port))
+    process.kill(), process.wait()
+    asked = [json.loads(line) for line in (out / "questions.jsonl").read_text().splitlines()]
+    assert [len(row["images"]) for row in asked] == [3, 3] and not lines(out)
+    rows = [row | {"bad": [True, False, False]} for row in asked]
+    (out / "labels.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [rows[0], rows[1] | {"bad": 1}]))
+    process = training("--resume", out, "--port", port)
+    assert process.wait(WAIT) == 1 and not (out / "checkpoint" / "state.pt").exists()
+    assert "labels.jsonl, line 2: 'bad' is 1: give a list of 3 booleans" in (tmp_path / "said.txt").read_text()
+
+    (out / "labels.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with socket.create_server(("127.0.0.1", port)):  # no page could open there
+        finished(training("--resume", out, "--port", port), tmp_path)
+    _, told = what_training_left(out)
+    assert told["labels"] == 2 and told["accuracy"] is not None and told["loss"] > 0
+
+    # what people saw is never replaced by another image
+    file = out / rows[0]["images"][0]
+    Image.new("RGB", (64, 64), "red").save(file)
+    (out / "checkpoint" / "state.pt").unlink()
+    assert training("--resume", out, "--port", port).wait(WAIT) == 1
+    assert "cannot be sampled again as people saw it" in (tmp_path / "said.txt").read_text()
+    assert Image.open(file).getpixel((0, 0)) == (255, 0, 0)
+
+
+def test_a_blind_test_shows_no_name_and_counts_wins(tiny, training, tmp_path):
+    out, port = tmp_path / "run", free_port()
+    finished(training("--model", tiny, "--objective", "compressibility", "--out", out, "--epochs", 1), tmp_path)
+    blind = ["--evaluate", out, "--objective", "human", "--eval-images", "5", "--port", port]
+    seen = []
+
+    def answers(http, question):
+        seen.append(question)
+        return [1, -1, 0, None, 1][len(seen) - 1]
+
+    process = training(*blind)
+    assert label(port, answers, process, 2) == 2
+    process.kill(), process.wait()
+    process = training(*blind)  # goes on where it stopped
+    assert label(port, answers, process) == 3
+    finished(process, tmp_path)
+    assert not any(word in json.dumps(seen) for word in ("tuned", "initial"))
+    assert len({question["left"] for question in seen}) == 2
+    result = json.loads((out / "evaluation.json").read_text())
+    assert result["objective"] == "human" and result["pairs"] == 5 and result["votes"] == 4
+    assert result["win_rate"] == pytest.approx((2 + 0.5 + 0.5) / 5) and result["more_than_half_of_votes"] == 2 / 5
+    assert result["win_rate_interval"][0] < 0.6 < result["win_rate_interval"][1]
+    assert (out / "evaluation.png").exists()
+
+
+def test_chromium_labels_an_epoch_of_the_emoji_model_and_the_next_one_appears(tab, training, tmp_path):
+    out, port = tmp_path / "run", free_port()
+    process = training("--objective", "human", "--port", port, "--out", out)
+    until(lambda: answering(port))
+    shown = tab(f"http://127.0.0.1:{port}/")
+
+    def press(key, left):
+        shown.wait_for_function("left => state.questions.filter(q => !q.answered).length === left && !busy", arg=left)
+        shown.keyboard.press(key)
+
+    press("ArrowLeft", 4), press("ArrowRight", 3)
+    shown.wait_for_function("() => state.questions.filter(q => !q.answered).length === 2 && !busy")
+    process.kill(), process.wait()
+    shown.keyboard.press("ArrowLeft")
+    shown.get_by_text("--resume").wait_for()
+    assert len(lines(out)) == 2
+    process = training("--resume", out, "--port", port)
+    press(" ", 2), press("s", 1)
+    shown.get_by_text("Training, epoch 1").wait_for()
+    press("ArrowLeft", 4)  # the second epoch
+    assert (out / "checkpoint" / "state.pt").exists()
+    press("ArrowLeft", 3), press("ArrowLeft", 2)
+    shown.screenshot(path=os.environ.get("SHOTS", str(tmp_path)) + "/emoji.png")
+    press("ArrowLeft", 1)
+    shown.get_by_text("The run has finished").wait_for()
+    finished(process, tmp_path)
+    assert [row["epoch"] for row in lines(out)] == [1] * 4 + [2] * 4
+    assert [row["h"] for row in lines(out)[2:4]] == [0, None]
+    assert all("CONNECTION_REFUSED" in problem for problem in shown.problems)  # while the program was dead

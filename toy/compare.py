@@ -46,6 +46,7 @@ class Method(NamedTuple):
     strengths: tuple[float, ...]  # its values in the sweep
     moving: bool = False  # the reference is the policy that sampled
     replay: int = 0  # batches of stored pairs that an epoch adds
+    redrawn: bool = False  # these on chains drawn anew
     labels_only: bool = True  # sees preferences, not scores
 
 
@@ -84,10 +85,10 @@ def diffusion_dpo(beta, reference) -> Losses:
 eq14, eq12, chain = d3po.d3po_losses, partial(d3po.d3po_losses, steps=[0]), d3po.chain_dpo_losses
 BETAS = (0.1, 0.2, 0.3, 0.6)
 METHODS = {
+    "whole chain, redrawn pairs": Method(preferences(chain), False, "beta", BETAS, replay=7, redrawn=True),
     "whole chain, stored pairs": Method(preferences(chain), False, "beta", BETAS, replay=3),
     "whole chain (Eq. 5)": Method(preferences(chain), False, "beta", BETAS),
     "whole chain, moving reference": Method(preferences(chain), False, "beta", BETAS, moving=True),
-    "Eq. 14, stored pairs": Method(preferences(eq14), True, "beta", BETAS, replay=3),
     "Eq. 14 (D3PO)": Method(preferences(eq14), True, "beta", BETAS),
     "Eq. 14, moving reference": Method(preferences(eq14), True, "beta", BETAS, moving=True),
     "Eq. 14, released clamp": Method(preferences(eq14, clip=CLIP), True, "beta", BETAS),
@@ -166,7 +167,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     torch.set_num_threads(1)
     names = ("mixture", "preference", "beta", "num_steps", "epochs", "pairs", "pretrain_steps")
-    settings = tuple((name, getattr(args, name)) for name in names)
+    settings = (*((name, getattr(args, name)) for name in names), ("average", True))  # of weights, as align says
     print(
         f"{len(METHODS)} methods on the {args.mixture}, preference {args.preference}, beta {args.beta:g}: "
         f"{args.epochs * args.pairs:,} labels each.\nSingle runs are kept in {args.work}, the results in {args.out}."
@@ -236,7 +237,7 @@ def place(work: Path, kind: str, what: tuple) -> Path:
 
 
 def train(job: Job, work: Path) -> dict:
-    """Run one job, or read its result: the curve of what `measure` says, and some final points."""
+    """Run one job, or read its result: the curve of what `measure` says, and some last points. Sweeps have the end."""
     path = place(work, "run", job)
     if path.exists():
         return json.loads(path.read_text())
@@ -256,16 +257,17 @@ def train(job: Job, work: Path) -> dict:
     training = align(
         policy, None if method.moving else reference, schedule, score, d3po.bradley_terry,
         method.losses(job.strength, reference), method.each_step, job.lr, world["epochs"], world["pairs"],
-        method.replay,
+        method.replay, method.redrawn, world["average"],
     )  # fmt: skip
-    result = {"curve": [], "points": []}
+    result, whole = {"curve": [], "points": []}, job.seed != SWEEP_SEED
     try:
         for epoch, done in enumerate(training, 1):
-            if epoch % 5 == 0 or epoch == world["epochs"]:
+            if whole and epoch % 5 == 0 or epoch == world["epochs"]:
                 result["curve"].append({"labels": done.labels, **measured(1000, 7 + job.seed % SWEEP_SEED)[1]})
-        points, result["final"] = measured(10_000, 1000 + job.seed)
-        result["points"] = points[:500].tolist()
-        runs.save_tensors(place(work, "policy", job), policy.state_dict())
+        if whole:
+            points, result["final"] = measured(10_000, 1000 + job.seed)
+            result["points"] = points[:500].tolist()
+            runs.save_tensors(place(work, "policy", job), policy.state_dict())
     except FloatingPointError as error:
         result["failed"] = str(error)
     result = rounded(result)

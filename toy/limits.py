@@ -59,6 +59,7 @@ def steps(numbers: tuple[int, ...]) -> list[dict]:
 def settings(beta: float, args: Namespace) -> tuple:
     epochs = args.epochs or EPOCHS[beta]
     world = {"mixture": "ring", "preference": "reach", "beta": beta, "num_steps": 20, "epochs": epochs}
+    world["average"] = False  # so many labels leave little noise in the weights
     return tuple((world | {name: getattr(args, name) for name in ("pairs", "pretrain_steps")}).items())
 
 

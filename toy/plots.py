@@ -143,29 +143,38 @@ def draw_curves(run: Path) -> list[Path]:
     """Draw reward_curve.png, progress.png and before_after.png of a run of sd_demo.py from what it stored."""
     config = json.loads((run / "config.json").read_text())
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    epochs, score, sem = (np.array([row[key] for row in rows]) for key in ("epoch", "score", "score_sem"))
-    initial = config["initial"]
-    looked = [{"epoch": 0, "kl": 0, **initial}, *(row for row in rows if row["eval_score"] is not None)]
-    at = [row["epoch"] for row in looked]
-
-    watched = initial["watched"] is not None
-    figure, axes = plt.subplots(1, 2 + watched, figsize=(5 * (2 + watched), 3.6), layout="constrained", squeeze=False)
-    axes[0, 0].plot(epochs, score, color="0.5", linewidth=1, label="training images, ± s.e.")
-    axes[0, 0].fill_between(epochs, score - sem, score + sem, color="0.85")
-    axes[0, 0].plot(at, [row["eval_score"] for row in looked], "ko-", markersize=4, label="held-out noises")
-    axes[0, 0].axhline(initial["eval_score"], color="black", linestyle=":", label="initial model")
-    axes[0, 0].set(xlabel="epoch", ylabel=f"score: {config['objective']}")
-    axes[0, 0].legend()
-    axes[0, 1].plot(epochs, [row["kl"] for row in rows], "k-")
-    axes[0, 1].set(xlabel="epoch", ylabel="KL to the initial model (nats an image)")
-    if watched:
-        axes[0, 2].plot(at, [row["watched"] for row in looked], "ko-", markersize=4)
-        axes[0, 2].set(xlabel="epoch", ylabel=f"watched: {Path(config['watch']).name}", ylim=(0, None))
-    figure.savefig(run / "reward_curve.png", dpi=110)
-    plt.close(figure)
+    initial, epochs = config["initial"], [row["epoch"] for row in rows]
 
     def held_out(epoch):
         return [Image.open(path) for path in sorted(run.glob(f"images/held_out_e{epoch:03}_*.png"))]
+
+    looked = [{"epoch": 0, **initial}, *(row for row in rows if held_out(row["epoch"]))]
+    at = [row["epoch"] for row in looked]
+
+    scored, watched = initial["eval_score"] is not None, initial["watched"] is not None  # people give no score
+    columns = 1 + scored + watched
+    figure, axes = plt.subplots(1, columns, figsize=(5 * columns, 3.6), layout="constrained", squeeze=False)
+    axes = iter(axes[0])
+    if scored:
+        axis, (score, sem) = next(axes), (np.array([row[key] for row in rows]) for key in ("score", "score_sem"))
+        axis.plot(epochs, score, color="0.5", linewidth=1, label="training images, ± s.e.")
+        axis.fill_between(epochs, score - sem, score + sem, color="0.85")
+        axis.plot(at, [row["eval_score"] for row in looked], "ko-", markersize=4, label="held-out noises")
+        axis.axhline(initial["eval_score"], color="black", linestyle=":", label="initial model")
+        axis.set(xlabel="epoch", ylabel=f"score: {config['objective']}")
+        axis.legend()
+    axis = next(axes)
+    axis.plot(epochs, [row["kl"] for row in rows], color="0.5", linewidth=1, label="all steps")
+    axis.plot(epochs, [row["kl_trained"] for row in rows], "k-", label="steps trained on")
+    axis.set(xlabel="epoch", ylabel="KL to the initial model (nats an image)", ylim=(0, None))
+    axis.legend()
+    if watched:
+        axis = next(axes)
+        axis.plot(at, [row["watched"] for row in looked], "ko-", markersize=4)
+        axis.set(xlabel="epoch", ylabel=f"watched: {Path(config['watch']).name}")
+        axis.set_ylim(bottom=min(0, axis.get_ylim()[0]))
+    figure.savefig(run / "reward_curve.png", dpi=110)
+    plt.close(figure)
 
     chosen = [at[n] for n in sorted({round(n) for n in np.linspace(0, len(at) - 1, 6)})]
     names = {epoch: f"epoch {epoch}" if epoch else "initial" for epoch in chosen}
@@ -179,6 +188,27 @@ def draw_curves(run: Path) -> list[Path]:
 def draw_pairs(before: list[Image.Image], after: list[Image.Image], path: Path) -> Path:
     """Images of the initial above those of the tuned model, from the same prompts and noises."""
     return _sheet([before[:16], after[:16]], ["initial", "tuned"], path)
+
+
+def draw_cost(curves: dict, title: str, path: Path) -> Path:
+    """Peak memory against T, from what tests/bench_sd.py found: points, and the line through them up to T = 20."""
+    figure, axis = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    for (name, peaks), style in zip(curves["peak_gb"].items(), ("ko-", "k^--", "kx:", "rs-."), strict=True):
+        T, peak = zip(*((T, peak) for T, peak in zip(curves["T"], peaks, strict=True) if peak is not None), strict=True)
+        slope, start = np.polyfit(T, peak, 1) if len(T) > 1 else (0, peak[0])
+        said = f"{slope:.2g} GB a step" if slope > 0.01 * peak[0] else f"{peak[0]:.2g} GB"
+        axis.plot(T, peak, style[:2], label=f"{name}: {said}", markersize=9 if "x" in style else 6)
+        axis.plot((T[0], 20), (slope * T[0] + start, slope * 20 + start), style[0] + style[2:], linewidth=1)
+    if axis.get_ylim()[1] > 50:
+        axis.axhline(100, color="0.6", linewidth=1)
+        axis.text(2, 100, 'the paper on whole chains: "more than 100 GB"', fontsize=8, color="0.3", va="bottom")
+    axis.set(xlabel="T, steps of the chain", ylabel="peak memory in training (GB)", title=title, xticks=range(2, 21, 2))
+    axis.set_ylim(bottom=0)
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(0, 0.92))
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    return path
 
 
 def _sheet(rows: list[list[Image.Image]], names: list[str], path: Path) -> Path:

@@ -8,7 +8,7 @@ import platform
 import resource
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NoReturn
 
@@ -60,6 +60,15 @@ def open_run(parser: Parser, settings: dict) -> dict:
     except OSError as error:
         parser.error(f"--out {out} cannot be written ({error.strerror}): choose another folder")
     return config
+
+
+def settings_of(parser: Parser, folder: Path, names: Iterable[str]) -> dict:
+    """These settings of an earlier run, from its config.json."""
+    try:
+        config = json.loads((folder / "config.json").read_text())
+        return {name: config[name] for name in names}
+    except (OSError, ValueError, KeyError, TypeError):
+        parser.error(f"{folder} is no run of {parser.prog}: it has no config.json with its settings")
 
 
 def generator(*numbers: int) -> torch.Generator:
