@@ -36,13 +36,13 @@ def figure_of(run, monkeypatch):
 
 
 def test_the_figure_is_drawn_from_stored_numbers(run):
-    stored = {path.name for path in run.iterdir()}
+    stored, open_before = {path.name for path in run.iterdir()}, plt.get_fignums()
     path = plots.draw_run(run)
     assert path == run / "toy.png" and path.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     assert {path.name for path in run.iterdir()} == stored | {"toy.png"}
     pixels = plt.imread(path)
     assert pixels.shape[0] > 500 and pixels.shape[1] > 1000 and pixels.std() > 0.05
-    assert not plt.get_fignums()  # figures are closed: a notebook may draw many
+    assert plt.get_fignums() == open_before  # figures are closed: a notebook may draw many
 
 
 def test_curves_are_the_stored_columns_over_labels(run, monkeypatch):
