@@ -106,6 +106,7 @@ def main():
     ring = worlds.MIXTURES["ring"]
     net = ddpm.pretrain(ring, steps=300, progress=False)  # the speed does not depend on how well it is trained
     adapter = ddpm.Adapter(copy.deepcopy(net).requires_grad_(False), SCHEDULE, ring)
+    adapter.reference = adapter.reference.denoiser  # what it remembers of earlier rounds would help all sides
     nn.init.normal_(adapter.correction.mlp[-1].weight, std=0.1)
     print(f"T = {T}, {ROUNDS} rounds, one thread, torch {torch.__version__}. Time of an epoch, released / here:")
     print("median (quartiles). `here` is in milliseconds.\n")

@@ -61,6 +61,29 @@ def test_the_adapter_is_the_reference_at_the_start(mixture):
         assert torch.equal(policy(x, time), reference(x, time))  # to the last bit: log 2 is then exact as well
 
 
+def test_what_is_remembered_is_what_the_denoiser_says():
+    asked = []
+
+    def denoiser(x, time, cond=None):
+        asked.append(len(x))
+        return x * time[:, None]
+
+    remembered, x, time = ddpm.Remembered(denoiser), torch.randn(5, 2, generator=seeded(11)), torch.full((5,), 3)
+    other = time.clone()
+    other[4] = 7
+    for states, times, calls in (
+        (x, time, 1), (x.clone(), time, 1), (x, time + 1, 2), (x, time, 2),  # each time has its own memory
+        (x[:3], time[:3], 3), (x, time, 4), (x, other, 5), (x.double(), time, 6), (x[:0], time[:0], 7),
+    ):  # fmt: skip
+        assert torch.equal(remembered(states, times), states * times[:, None]) and len(asked) == calls
+    remembered(x, time)
+    x += 1  # in place
+    assert torch.equal(remembered(x, time), x * 3)
+    x.requires_grad_()
+    (gradient,) = torch.autograd.grad(remembered(x, time).sum(), x)
+    assert (gradient == 3).all()
+
+
 @SCHEDULES
 def test_mean_slope_is_what_the_mean_of_eq_2_does(T, eta):
     schedule, x = exact_schedule(T, eta), torch.randn(3, 2, generator=seeded(4), dtype=torch.float64)

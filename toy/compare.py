@@ -15,7 +15,7 @@ import os
 import sys
 from argparse import Namespace
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -248,9 +248,14 @@ def train(job: Job, work: Path) -> dict:
     reference, exact = load(job.seed, job.settings, work)
     torch.manual_seed(job.seed)
     policy = Adapter(reference, schedule, mixture)
+    reference = policy.reference
+
+    @cache
+    def unmoved(chains: int, noise: int) -> Tensor:
+        return sample(reference, schedule, chains, noise)
 
     def measured(chains: int, noise: int) -> tuple[Tensor, dict]:
-        x, x_ref = (sample(denoiser, schedule, chains, noise) for denoiser in (policy, reference))
+        x, x_ref = sample(policy, schedule, chains, noise), unmoved(chains, noise)
         now = measure(x, x_ref, policy, reference, schedule, mixture, score, beta)
         return x[-1], {"share": optimum.attained_share(now.j, Namespace(**exact)), **now._asdict()}
 

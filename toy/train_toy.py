@@ -94,8 +94,8 @@ def main(argv: list[str] | None = None) -> None:
         f"{args.replay} batches of stored pairs on redrawn chains; lr {args.lr:g}. Run folder: {out}."
     )
 
-    reference = exact_denoiser(mixture) if args.reference == "exact" else pretrain(mixture).requires_grad_(False)
-    policy = Adapter(reference, schedule, mixture)
+    policy = Adapter(exact_denoiser(mixture) if args.reference == "exact" else pretrain(mixture), schedule, mixture)
+    reference = policy.reference
     best = optimum.solve(reference, schedule, score, args.beta)
     try:
         optimum.attained_share(best.j_ref, best)
