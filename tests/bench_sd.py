@@ -73,16 +73,17 @@ HERE, RELEASED, AUTOGRAD = "here, previous", "released structure, pair after pai
 PIECES, FILLED = "whole chain in pieces", "here, previous, a full GPU"
 BATCHED = "released structure, batches like ours"
 STOCK = "sampling, stock pipeline with the LoRA", "sampling, stock pipeline, no LoRA"
+IDLE = "with a UNet that does nothing"
 CURVES = HERE, f"{HERE}, checkpointed", PIECES, AUTOGRAD
 GROUP = "K = 7, 3 tagged: "
 SEVENS = f"{GROUP}released, the 12 pairs", f"{GROUP}released, all 21 pairs"
 ONE_PAIR = "--model", "SD 1.5, random weights", "--images-per-prompt", "2", "--batch-size", "1"
 HEADS = ("", "ms", "here / this", "UNet rows", "GFLOP", "share of rate", "held, GB", "peak, GB")
 UNKNOWN, BUSY = "not measured yet", 0.5
-EXPLAINED = """For each pair and step: median (least to most) of the rounds; time of the first row of its
-kind / time of this one; rows of UNet batches (a guided chain has two) without gradient / with gradient / run again by
-checkpointing / backward; operations, and their share of the rate of a large matrix product. Held: the most that
-autograd keeps beside the weights; peak: all tensors, weights included."""
+EXPLAINED = """For each pair and step: median (least to most) of the rounds, three times as many for
+sampling; time of the first row of its kind / time of this one; rows of UNet batches (a guided chain has two) without
+gradient / with gradient / run again by checkpointing / backward; operations, and their share of the rate of a large
+matrix product. Held: the most that autograd keeps beside the weights; peak: all tensors, weights included."""
 NOTES = {
     "rate": "FLOP/s of a large matrix product",
     "planned": "GB that sd_demo.py plans for a pair, without and with checkpointing",
@@ -339,6 +340,11 @@ def channels_last(unet):
     unet.to(memory_format=torch.contiguous_format)
 
 
+def nothing(unet, sample, *_, return_dict=True, **__):
+    """A UNet's forward: what is left of the time is spent around it."""
+    return UNet2DConditionOutput(sample=sample) if return_dict else (sample,)
+
+
 def compiled(bench: Bench) -> Bench:
     changed, setup = copy.copy(bench), bench.setup
     policy = sd_demo.Guided(torch.compile(setup.unet), setup.model.pipe, setup.args.guidance_scale)
@@ -361,6 +367,8 @@ def levers(bench: Bench, others: dict[str, Bench]) -> list[list[Side]]:
         sides += [Side(f"{what}: {name}", bench, sides[0].run, around=context) for name, context in how.items()]
         sides += [Side(f"{what}: {name}", other, getattr(other, run)) for name, other in others.items()]
         races.append(sides)
+    idle = partial(mock.patch.object, UNet2DConditionModel, "forward", nothing)
+    races.append([side._replace(name=f"{side.name}, {IDLE}", around=idle) for side in sampling(bench)[:2]])
     return races
 
 
@@ -524,7 +532,7 @@ def matrix_rate(setup: Setup) -> float:
 
 def table(sides: list[Side], repeats: int, rate: float | None, counted: bool = True) -> list[dict]:
     """A row for each side of a race; without a rate nothing is timed."""
-    rows = []
+    rows, repeats = [], repeats * (3 if "sampling" in sides[0].name else 1)  # sides that are nearly equal
     timed = race(sides, repeats) if rate else [{"seconds": None, "ratio": None}] * len(sides)
     for side, times in zip(sides, timed, strict=True):
         row = {"name": side.name, **times, "share": None, **(count(side) if counted else {})}
@@ -624,7 +632,8 @@ def planned(setup: Setup) -> list[float]:
 
 def targets(model: str, part: dict, cuda: bool) -> list[list[str]]:
     """What was aimed at: words, the number found, the bound, whether it is kept."""
-    row, peaks = {row["name"]: row for row in part["rows"]}, part["curves"]["peak_gb"]
+    row = {row["name"]: row for row in part["rows"] + part.get("levers", [])}
+    peaks = part["curves"]["peak_gb"]
 
     def ratio(name):
         return row[name]["ratio"][0] if name in row and row[name]["ratio"] else None
@@ -633,7 +642,7 @@ def targets(model: str, part: dict, cuda: bool) -> list[list[str]]:
     found = [
         *((f"{name}: time here / released", ratio(name), 0.6) for name in (RELEASED, BATCHED) if name in row),
         *((f"{name}: time here / released", ratio(name), 0.12) for name in SEVENS),
-        *((f"{name}: time here / this", ratio(name), 1.0) for name in STOCK),
+        *((f"{name}: time here / this", ratio(name), 1.0) for name in (*STOCK, f"{STOCK[0]}, {IDLE}")),
         ("peak at the largest T / at the smallest", flat, 1.01),
         ("beyond the weights, checkpointed / not", row[CURVES[1]]["grown_gb"] / row[HERE]["grown_gb"], 1 / 3),
     ]
@@ -641,7 +650,7 @@ def targets(model: str, part: dict, cuda: bool) -> list[list[str]]:
         found += [("peak, GB", row[HERE]["peak_gb"], 6.0), ("peak, GB, checkpointed", row[CURVES[1]]["peak_gb"], 5.0)]
         found += [("time at 40 % of the matrix rate / time", 0.4 / row[FILLED]["share"] if cuda else None, 1.0)]
     return [
-        [words, UNKNOWN if value is None else f"{value:.3g}", f"{bound:.3g}",
+        [words, UNKNOWN if value is None else f"{value:#.3g}", f"{bound:.3g}",
          "" if value is None else "yes" if value <= bound else "no"]
         for words, value, bound in found
     ]  # fmt: skip
