@@ -51,9 +51,8 @@ PAPER_RECIPE = {
     "update_every": "trajectory", "lr": 3e-5, "weight_decay": 1e-4, "max_grad_norm": 1.0, "skip_last": 0,
 }  # fmt: skip
 TRAINING, STEPS, PROMPTS, HELD_OUT, EVALUATION = range(5)  # streams of random numbers, apart from each other
-SHOWN = 8  # held-out images in the figures
 HELD = {False: 362, True: 90}  # by checkpointing: what autograd holds in SD 1.5's UNet, in maps of its first block
-MAX_SKIPPED = 10  # updates in a row whose gradient overflowed
+SHOWN, MAX_SKIPPED = 8, 10  # held-out images in the figures; updates in a row whose gradient overflowed
 OF_ONE_START = {"out", "resume", "evaluate", "dry_run", "port"}  # flags that a run does not keep
 POSITIVE = ("epochs", "pairs_per_epoch", "batch_size", "num_steps", "eta", "guidance_scale", "beta", "clip", "lr",
             "max_grad_norm", "lora_rank", "eval_images", "eval_every", "annotators")  # fmt: skip
@@ -149,14 +148,17 @@ class Guided:
 
     def __call__(self, x: Tensor, time: Tensor, cond: Tensor) -> Tensor:
         parts = 1 if self.scale == 1 else 2  # at scale 1 the empty prompt's half has no weight
-        states, text = x.to(self.dtype).repeat(parts, 1, 1, 1), cond[:, -parts:].transpose(0, 1).flatten(0, 1)
+        new = torch.ones(len(x), dtype=torch.bool, device=x.device)
+        if not torch.is_grad_enabled():  # the chains of a group start from one x_T: one pass is enough for all of them
+            new[1:] = torch.stack([(v[1:] != v[:-1]).flatten(1).any(1) for v in (x, time[:, None], cond)]).any(0)
+        states, text = x[new].to(self.dtype).repeat(parts, 1, 1, 1), cond[new, -parts:].transpose(0, 1).flatten(0, 1)
         if not self.lora:
             self.unet.disable_adapters()
-        empty, *rest = self.unet(states, time.repeat(parts), text).sample.float().chunk(parts)
+        empty, *rest = self.unet(states, time[new].repeat(parts), text).sample.float().chunk(parts)
         if not self.lora:
             self.unet.enable_adapters()
         self.tick()
-        out = empty + self.scale * (rest[0] - empty) if rest else empty
+        out = (empty + self.scale * (rest[0] - empty) if rest else empty)[new.cumsum(0) - 1]
         if self.v_prediction:  # v = sqrt(ab) eps - sqrt(1 - ab) x_0 (arXiv 2202.00512)
             ab = self.alpha_bars[time].view(-1, 1, 1, 1)
             out = ab.sqrt() * out + (1 - ab).sqrt() * x
@@ -176,8 +178,7 @@ class Model(NamedTuple):
 def load_pipeline(name: str, precision: str) -> StableDiffusionPipeline:
     """From the hub or a folder; ValueError, in a sentence for the user, where that is no StableDiffusionPipeline."""
     try:
-        kind = StableDiffusionPipeline.load_config(name)["_class_name"]
-        if kind != "StableDiffusionPipeline":
+        if (kind := StableDiffusionPipeline.load_config(name)["_class_name"]) != "StableDiffusionPipeline":
             raise ValueError(f"it is a {kind}, and this script trains a StableDiffusionPipeline")
         options = {"dtype": DTYPES[precision], "safety_checker": None, "requires_safety_checker": False}
         return StableDiffusionPipeline.from_pretrained(name, **options)
@@ -194,8 +195,7 @@ def load_model(args: Namespace, accelerator: Accelerator, tick) -> Model:
     if pipe.scheduler.config.prediction_type == "sample":
         raise ValueError(f"--model {args.model} predicts x_0: give one that predicts epsilon or v")
     pipe.scheduler.set_timesteps(args.num_steps)
-    times = pipe.scheduler.timesteps
-    times = times if times.min() >= 1 else None  # a step from model time 0 would have no noise
+    times = times if (times := pipe.scheduler.timesteps).min() >= 1 else None  # a step from time 0 would have no noise
     schedule = d3po.make_schedule(pipe.scheduler.alphas_cumprod, args.num_steps, args.eta, times)
 
     pipe.to(accelerator.device)
@@ -203,8 +203,8 @@ def load_model(args: Namespace, accelerator: Accelerator, tick) -> Model:
     for part in (pipe.vae, pipe.text_encoder, pipe.unet):
         part.requires_grad_(False)
     torch.manual_seed(args.seed)
-    targets = ["to_q", "to_k", "to_v"]  # App. E
-    pipe.unet.add_adapter(LoraConfig(r=args.lora_rank, lora_alpha=args.lora_rank, target_modules=targets))
+    rank, targets = args.lora_rank, ["to_q", "to_k", "to_v"]  # App. E
+    pipe.unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=targets))
     cast_training_params(pipe.unet, torch.float32)
     if args.gradient_checkpointing:
         pipe.unet.enable_gradient_checkpointing()
@@ -333,18 +333,19 @@ def plan(model: Model, args: Namespace, processes: int) -> tuple[str, int, int]:
     D = config.in_channels * config.sample_size**2
     args.beta = 0.1 / D if args.beta is None else args.beta
     trained = 1 if args.loss == "eq12" else T - args.skip_last
-    without = T * (args.reference == "initial") + trained * (args.loss == "chain")  # gradient
-    calls = groups // across * (T + without + trained) + T * (1 if args.reference == "initial" else 2)
+    passes = [T] * (args.reference == "initial") + [trained] * (args.loss == "chain")  # without gradient, their steps
+    calls = groups // across * (T + sum(passes) + trained) + T * (1 if args.reference == "initial" else 2)
     lora = sum(p.numel() for p in unet.parameters() if p.requires_grad)
     weights = sum(p.numel() * p.element_size() for part in (unet, model.pipe.vae) for p in part.parameters())
     rows = (1 if args.guidance_scale == 1 else 2) * groups * K  # of an epoch's batches
+    sampled, without = (rows * sum(n) - (rows - rows // K) * len(n) for n in ([T], passes))  # a group's first is one
     first_map = config.sample_size**2 * config.block_out_channels[0] * unet.dtype.itemsize
     memory = weights + 12 * lora + HELD[args.gradient_checkpointing] * first_map * args.batch_size * rows // groups
     labels = groups if args.objective == "tags" else groups * K * (K - 1) // 2
     here = unet.device if unet.device.type == "cuda" else f"{unet.device}, as there is no CUDA GPU"
     said = f"""{args.model} on {here}; {args.precision}; LoRA rank {args.lora_rank}: {lora / 1e6:.2f} M weights.
 Objective {args.objective}. An epoch: {groups} groups of {K} images, {labels} labels;
-UNet evaluations: {rows * T:,} to sample, {rows * without:,} without and {rows * trained:,} with gradient to train.
+UNet evaluations: {sampled:,} to sample, {without:,} without and {rows * trained:,} with gradient to train.
 beta {args.beta:.3g} per nat of a step's log-ratio, a sum over {D:,} latent elements; as {args.beta * D:.3g}
 for their mean, which the released code takes. Memory: about {memory / 1e9:.1f} GB."""
     return said, calls, math.ceil(args.eval_images / (args.batch_size * K)) * T

@@ -83,7 +83,8 @@ UNKNOWN, BUSY = "not measured yet", 0.5
 EXPLAINED = """For each pair and step: median (least to most) of the rounds, three times as many for
 sampling; time of the first row of its kind / time of this one; rows of UNet batches (a guided chain has two) without
 gradient / with gradient / run again by checkpointing / backward; operations, and their share of the rate of a large
-matrix product. Held: the most that autograd keeps beside the weights; peak: all tensors, weights included."""
+matrix product. Held: the most that autograd keeps beside the weights; peak: all tensors, weights included. Without
+gradient, the first of the T steps runs once for the chains of a group: T = 10 for the emoji model, 2 for SD 1.5."""
 NOTES = {
     "rate": "FLOP/s of a large matrix product",
     "planned": "GB that sd_demo.py plans for a pair, without and with checkpointing",
@@ -563,7 +564,7 @@ def emoji(args: Namespace) -> dict:
     setup = Setup("--model", str(sd_demo.EMOJI))
     rate, bench = matrix_rate(setup), Bench(setup, 4, 2)
     found = {"batch": "4 pairs", "rate": rate, "curves": curves(setup)}
-    races = training(bench), of_seven(setup, 1), sampling(Bench(setup, 4, 10))
+    races = training(ten := Bench(setup, 4, 10)), of_seven(setup, 1), sampling(ten)
     found["rows"] = [row for sides in races for row in table(sides, args.repeats, rate)]
     others = {f"batches of {n}": Bench(setup, n, 2) for n in (1, 16)}
     if setup.device == "cpu":

@@ -183,6 +183,25 @@ def test_guidance_is_that_of_two_calls_but_takes_one(tiny, precision):
     assert (prompt - empty).abs().max() > 2 * tolerance  # so the test sees the guidance
 
 
+def test_chains_that_start_alike_take_their_first_step_once(tiny):
+    loaded = Loaded(tiny)
+    text, rows = loaded.model.text, []
+    loaded.model.pipe.unet.register_forward_hook(lambda unet, given, out: rows.append(len(given[0])))
+    x = torch.randn(3, 4, 16, 16)[[0, 0, 1, 1, 1, 2, 0]]
+    time = torch.tensor([900, 900, 900, 900, 300, 300, 900])  # the fifth row is at another time
+    cond = torch.stack([text[[-1] * 7], text[[4, 4, 7, 8, 8, 8, 4]]], 1)  # the fourth has another prompt
+    apart = loaded.model.policy(x, time, cond)
+    with torch.no_grad():
+        once = loaded.model.policy(x, time, cond)
+    assert rows == [2 * 7, 2 * 6]  # the last row is no neighbour of the first two
+    torch.testing.assert_close(once, apart, atol=1e-5, rtol=0)
+    assert not torch.equal(once[2], once[3]) and not torch.equal(once[3], once[4])
+
+    rows.clear()
+    loaded.sample((3, 8), 4, 1)
+    assert rows == [2 * 2] + [2 * 8] * (len(rows) - 1) and len(rows) == loaded.args.num_steps
+
+
 def test_v_prediction_becomes_the_epsilon_of_diffusers(tmp_path):
     pipe = make_pipeline()
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, prediction_type="v_prediction")
@@ -578,7 +597,7 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(tiny, scorers, tmp_path, m
     monkeypatch.chdir(tmp_path)
     run(tiny, tmp_path / "run", f"{scorers}:brightness", "--images-per-prompt", 3, "--dry-run")
     said = capsys.readouterr().out
-    for words in ("2 groups of 3 images, 6 labels", "36 to sample, 36 without and 36 with gradient", "1,024 latent"):
+    for words in ("2 groups of 3 images, 6 labels", "28 to sample, 28 without and 36 with gradient", "1,024 latent"):
         assert words in said.replace("\n", " ")
     assert "beta 0.05 per nat" in said and f"{0.05 * 1024:.3g}\nfor their mean" in said and " GB" in said
     assert not list(tmp_path.iterdir())
