@@ -79,7 +79,7 @@ GROUP = "K = 7, 3 tagged: "
 SEVENS = f"{GROUP}released, the 12 pairs", f"{GROUP}released, all 21 pairs"
 ONE_PAIR = "--model", "SD 1.5, random weights", "--images-per-prompt", "2", "--batch-size", "1"
 HEADS = ("", "ms", "here / this", "UNet rows", "GFLOP", "share of rate", "held, GB", "peak, GB")
-UNKNOWN, BUSY = "not measured yet", 0.5
+UNKNOWN, BUSY = "not measured yet", 0.6  # load: one core in use for a minute says 0.63
 EXPLAINED = """For each pair and step: median (least to most) of the rounds, three times as many for
 sampling; time of the first row of its kind / time of this one; rows of UNet batches (a guided chain has two) without
 gradient / with gradient / run again by checkpointing / backward; operations, and their share of the rate of a large
