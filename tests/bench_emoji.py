@@ -63,11 +63,6 @@ def place(work: Path, name: str) -> Path:
     return work / "".join(c if c.isalnum() or c == "." else "-" for c in name)
 
 
-def rows_of(out: Path) -> list[dict]:
-    file = out / "metrics.jsonl"
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-
-
 def train(name: str, flags: str, work: Path) -> None:
     """Run sd_demo.py to its end, and evaluate it on noises that no epoch has looked at."""
     out = place(work, name)
@@ -88,7 +83,8 @@ def train(name: str, flags: str, work: Path) -> None:
 def told(name: str, flags: str, work: Path) -> dict:
     """What the JSON keeps of a run: its looks at held-out noises, its evaluation, its time."""
     out = place(work, name)
-    config, rows = json.loads((out / "config.json").read_text()), rows_of(out)
+    config = json.loads((out / "config.json").read_text())
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     keys = ("epoch", "labels", "eval_score", "eval_win_rate", "watched", "kl", "kl_trained")
     return {
         "command": f"python sd_demo.py {flags}", "initial": config["initial"],
@@ -114,9 +110,8 @@ def table(result: dict) -> str:
     for name in (name for name in COMPRESSIBILITY | OTHERS if name in result):
         run, found = result[name], result[name]["evaluation"]
         first, last = found["initial"], found["tuned"]
-        change = "" if name == "alignment" else f"{-fallen(last['score'], first['score']):+.0%}"
-        if name == "incompressibility":
-            change = f"{(last['score'] - BLANK) / (first['score'] - BLANK) - 1:+.0%}"
+        sign = -1 if name == "incompressibility" else 1  # its score is the size, not minus the size
+        change = "" if name == "alignment" else f"{-fallen(sign * last['score'], sign * first['score']):+.0%}"
         low, high = found["win_rate_interval"]
         cells = [name, f"{first['score']:.3f} to {last['score']:.3f}", change]
         cells += [f"{found['win_rate']:.1%} ({low:.1%} to {high:.1%})"]

@@ -148,7 +148,8 @@ def draw_curves(run: Path) -> list[Path]:
     def held_out(epoch):
         return [Image.open(path) for path in sorted(run.glob(f"images/held_out_e{epoch:03}_*.png"))]
 
-    looked = [{"epoch": 0, **initial}, *(row for row in rows if held_out(row["epoch"]))]
+    looked = [row for row in rows if (run / f"images/held_out_e{row['epoch']:03}_0.png").exists()]
+    looked = [{"epoch": 0, **initial}, *looked]
     at = [row["epoch"] for row in looked]
 
     scored, watched = initial["eval_score"] is not None, initial["watched"] is not None  # people give no score
