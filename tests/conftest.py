@@ -1,19 +1,10 @@
-"""What several test files share: one thread, and the learned reference, which takes 13 s to train."""
+"""One thread and no window for each process of the tests, of which pytest runs several."""
 
-import pytest
+import os
+
+os.environ["OMP_NUM_THREADS"] = "1"  # also for what tests start; before torch is imported
+os.environ["MPLBACKEND"] = "Agg"
+
 import torch
 
-from toy import ddpm, worlds
-
-
-@pytest.fixture(autouse=True, scope="session")
-def one_thread():
-    torch.set_num_threads(1)  # small tensors: more threads only wait for each other
-
-
-@pytest.fixture(scope="session")
-def learned(one_thread):
-    """The default reference of train_toy.py: the DDPM of the ring, seed 0, frozen."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return ddpm.pretrain(worlds.MIXTURES["ring"], progress=False).requires_grad_(False)
+torch.set_num_threads(1)

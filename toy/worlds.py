@@ -1,4 +1,4 @@
-"""2D worlds with known answers: mixtures of Gaussians, their exact denoiser, scores, and labels drawn from scores."""
+"""2D worlds with known answers: mixtures of Gaussians, their exact denoiser, and scores."""
 
 import math
 from collections.abc import Callable
@@ -20,16 +20,18 @@ class Mixture(NamedTuple):
 
 def _ring() -> Mixture:
     angle = torch.arange(8) * 2 * math.pi / 8
-    return Mixture(2 * torch.stack([angle.cos(), angle.sin()], 1), torch.full((8,), 1 / 8), 0.15)
+    means = 2 * torch.stack([angle.cos(), angle.sin()], 1)
+    return Mixture(means, torch.full((8,), 1 / 8), sd=0.15)
 
 
 def _grid() -> Mixture:
-    place = torch.tensor([-1.8, 0.0, 1.8])
-    return Mixture(torch.cartesian_prod(place, place), torch.full((9,), 1 / 9), 0.2)
+    axis = torch.tensor([-1.8, 0.0, 1.8])
+    return Mixture(torch.cartesian_prod(axis, axis), torch.full((9,), 1 / 9), sd=0.2)
 
 
 def _islands() -> Mixture:
-    return Mixture(torch.tensor([[-1.5, -1.0], [1.5, -1.2], [0.3, 1.7]]), torch.tensor([0.5, 0.3, 0.2]), 0.3)
+    means = torch.tensor([[-1.5, -1.0], [1.5, -1.2], [0.3, 1.7]])
+    return Mixture(means, torch.tensor([0.5, 0.3, 0.2]), sd=0.3)
 
 
 MIXTURES: dict[str, Mixture] = {"ring": _ring(), "grid": _grid(), "islands": _islands()}
@@ -45,15 +47,18 @@ def sample_data(mixture: Mixture, n: int, generator: torch.Generator | None = No
 
 
 def exact_denoiser(mixture: Mixture) -> d3po.Denoiser:
-    """The noise prediction E[eps | x_t] that a perfectly trained network would give, in closed form.
+    """The noise prediction E[eps | x_t] that a perfectly trained network would give.
 
-    x_t given mode k is N(sqrt(ab) m_k, v I) with v = ab sd^2 + 1 - ab. With r_k the posterior probability of mode k,
-    E[eps | x_t] = sqrt(1 - ab) (x_t - sqrt(ab) sum_k r_k m_k) / v. Works in the dtype of x.
+        E[eps | x_t] = sqrt(1 - ab) (x_t - sqrt(ab) sum_k r_k m_k) / v,    v = ab sd^2 + 1 - ab
+
+    x_t given mode k is N(sqrt(ab) m_k, v I), and r_k is the posterior probability of mode k. Works
+    in the dtype of x.
     """
 
     def denoise(x: Tensor, time: Tensor, cond=None) -> Tensor:
         ab = ALPHA_BARS.to(x.dtype)[time][:, None]
-        means, v = mixture.means.to(x.dtype), ab * mixture.sd**2 + 1 - ab
+        means = mixture.means.to(x.dtype)
+        v = ab * mixture.sd**2 + 1 - ab
         distance2 = (x[:, None] - ab.sqrt()[:, None] * means).square().sum(2)
         r = torch.softmax(mixture.weights.to(x.dtype).log() - distance2 / (2 * v), 1)
         return (1 - ab).sqrt() * (x - ab.sqrt() * (r @ means)) / v
@@ -77,9 +82,13 @@ def direction(x: Tensor) -> Tensor:
 
 
 def avoid(x: Tensor) -> Tensor:
-    """Stay out of the disc of radius 1.7 around (0, 2), the plane's picture of safety: 0 outside, down to -5 inside."""
+    """Stay out of the disc of radius 1.7 around (0, 2): 0 outside, down to -5 at its centre."""
     distance = torch.linalg.vector_norm(x - torch.tensor([0.0, 2.0], dtype=x.dtype), dim=-1)
     return -5 * (1 - distance / 1.7).clamp(min=0)
 
 
-SCORES: dict[str, Callable[[Tensor], Tensor]] = {"reach": reach, "direction": direction, "avoid": avoid}
+SCORES: dict[str, Callable[[Tensor], Tensor]] = {
+    "reach": reach,
+    "direction": direction,
+    "avoid": avoid,
+}

@@ -1,13 +1,13 @@
-"""Look at the emoji model: the share of samples whose animal the classifier names, their JPEG size, and a figure.
+"""Check the emoji model: animals that a classifier names right, JPEG sizes, and a figure.
 
-    python toy/emoji_sd/check.py
+    python -m toy.emoji_sd.check
 
-The figure has one sample of each of the 45 animals. Beside the model's samples the table has renderings, and renderings
-that went through the VAE, which no sample can surpass.
+The figure has one sample of each of the 45 animals. Beside the model's samples the table has
+renderings, and renderings that went through the VAE, which no sample can surpass.
 """
 
+import argparse
 import io
-import sys
 from argparse import Namespace
 from pathlib import Path
 
@@ -17,9 +17,6 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository: this file is run as a script
-
-from toy import runs
 from toy.emoji_sd.classifier import classify, load, to_tensor
 from toy.emoji_sd.make import HELD_OUT, psnr, to_net
 from toy.emoji_sd.render import NAMES, caption, dataset
@@ -33,24 +30,38 @@ def load_pipeline(folder: Path = FOLDER) -> StableDiffusionPipeline:
     return pipe.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def samples(pipe, count: int, seed: int = 0, steps: int = 20, guidance: float = 3.0, eta: float = 1.0) -> np.ndarray:
+def samples(
+    pipe, count: int, seed: int = 0, steps: int = 20, guidance: float = 3.0, eta: float = 1.0
+) -> np.ndarray:
     """Pictures (count, 64, 64, 3) uint8 of the animals in turn, by DDIM."""
-    generator, parts = torch.Generator().manual_seed(seed), []
+    generator = torch.Generator().manual_seed(seed)
     prompts = [caption(NAMES[n % len(NAMES)]) for n in range(count)]
-    settings = {"num_inference_steps": steps, "guidance_scale": guidance, "eta": eta, "output_type": "np"}
+    parts = []
     for start in range(0, count, 45):
-        parts.append(pipe(prompts[start : start + 45], generator=generator, **settings).images)
+        output = pipe(
+            prompts[start : start + 45],
+            generator=generator,
+            num_inference_steps=steps,
+            guidance_scale=guidance,
+            eta=eta,
+            output_type="np",
+        )
+        parts.append(output.images)
     return np.rint(255 * np.concatenate(parts)).astype(np.uint8)
 
 
 def share_right(pictures: np.ndarray) -> Tensor:
-    """For each of the 45 animals, the share (45,) of its pictures that the classifier names right."""
-    named, meant = classify(load(), to_tensor(pictures)), torch.arange(len(pictures)) % len(NAMES)
-    return torch.stack([(named[meant == k] == k).float().mean() for k in range(len(NAMES))])
+    """For each of the 45 animals, the share (45,) of its pictures that the classifier names right.
+
+    pictures (N, 64, 64, 3) uint8: of the animals in turn.
+    """
+    named = classify(load(), to_tensor(pictures))
+    expected = torch.arange(len(pictures)) % len(NAMES)
+    return torch.stack([(named[expected == k] == k).float().mean() for k in range(len(NAMES))])
 
 
 def jpeg_kb(picture: np.ndarray) -> float:
-    """Size in kB of a picture (64, 64, 3) uint8 as JPEG of quality 95, DDPO's measure of compressibility."""
+    """Size in kB of a picture (64, 64, 3) uint8 as JPEG of quality 95."""
     file = io.BytesIO()
     Image.fromarray(picture).save(file, "JPEG", quality=95)
     return file.tell() / 1000
@@ -65,44 +76,71 @@ def sheet(pictures: np.ndarray, columns: int = 9) -> Image.Image:
 
 @torch.no_grad()
 def through_vae(vae, pictures: np.ndarray) -> np.ndarray:
+    """Pictures (N, 64, 64, 3) uint8 after encoding and decoding."""
     x = to_net(torch.from_numpy(pictures).permute(0, 3, 1, 2), vae)
-    decoded = [vae.decode(vae.encode(part).latent_dist.mode()).sample for part in x.split(50)]
-    return (127.5 * (torch.cat(decoded).clamp(-1, 1) + 1)).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    parts = [vae.decode(vae.encode(part).latent_dist.mode()).sample for part in x.split(50)]
+    decoded = 127.5 * (torch.cat(parts).clamp(-1, 1) + 1)
+    return decoded.round().byte().permute(0, 2, 3, 1).cpu().numpy()
 
 
 def parse(argv: list[str] | None) -> Namespace:
-    parser = runs.Parser(prog="check.py", description=__doc__.splitlines()[0])
-    parser.add_argument("--model", type=Path, default=FOLDER, help="folder of the pipeline")
-    parser.add_argument("--samples", type=int, default=450, help="to draw, a multiple of 45")
-    parser.add_argument("--num-steps", type=int, default=20, help="T, denoising steps")
-    parser.add_argument("--guidance-scale", type=float, default=3.0, help="of classifier-free guidance")
-    parser.add_argument("--eta", type=float, default=1.0, help="DDIM's noise scale")
-    parser.add_argument("--seed", type=int, default=0, help="of the samples")
-    parser.add_argument("--figure", type=Path, default=Path("runs/emoji_sd/animals.png"), help="where the picture goes")
+    parser = argparse.ArgumentParser(
+        prog="python -m toy.emoji_sd.check",
+        usage="%(prog)s [flags]   (--help lists the flags)",
+        description=__doc__.splitlines()[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    flag = parser.add_argument
+    flag("--model", type=Path, default=FOLDER, help="folder of the pipeline")
+    flag("--samples", type=int, default=450, help="to draw, a multiple of 45")
+    flag("--num-steps", type=int, default=20, help="T, denoising steps")
+    flag("--guidance-scale", type=float, default=3.0, help="of classifier-free guidance")
+    flag("--eta", type=float, default=1.0, help="DDIM's noise scale")
+    flag("--seed", type=int, default=0, help="of the samples")
+    figure = Path("runs/emoji_sd/animals.png")
+    flag("--figure", type=Path, default=figure, help="where the picture goes")
     args = parser.parse_args(argv)
     if args.samples < 45 or args.samples % 45:
         parser.error(f"--samples {args.samples}: give a multiple of 45, one for each animal")
     if not (args.model / "model_index.json").is_file():
-        parser.error(f"--model {args.model} is no pipeline folder: make one with python toy/emoji_sd/make.py")
+        parser.error(
+            f"--model {args.model} is no pipeline folder: make one with python -m toy.emoji_sd.make"
+        )
     return args
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     pipe = load_pipeline(args.model)
-    drawn = samples(pipe, args.samples, args.seed, args.num_steps, args.guidance_scale, args.eta)
+    drawn = samples(
+        pipe,
+        args.samples,
+        args.seed,
+        steps=args.num_steps,
+        guidance=args.guidance_scale,
+        eta=args.eta,
+    )
     rendered = dataset(args.samples, HELD_OUT)[0]
-    decoded = through_vae(pipe.vae, rendered)
+    sets = {
+        "samples": drawn,
+        "renderings": rendered,
+        "renderings through VAE": through_vae(pipe.vae, rendered),
+    }
     print(f"{'':26}{'right':>8}{'JPEG kB: 10 %':>15}{'median':>8}{'90 %':>8}")
-    for name, pictures in (("samples", drawn), ("renderings", rendered), ("renderings through VAE", decoded)):
-        sizes = np.quantile([jpeg_kb(picture) for picture in pictures], [0.1, 0.5, 0.9])
-        print(f"{name:26}{share_right(pictures).mean():8.1%}{sizes[0]:15.2f}{sizes[1]:8.2f}{sizes[2]:8.2f}")
+    for name, pictures in sets.items():
+        sizes = [jpeg_kb(picture) for picture in pictures]
+        low, median, high = np.quantile(sizes, [0.1, 0.5, 0.9])
+        right = share_right(pictures).mean()
+        print(f"{name:26}{right:8.1%}{low:15.2f}{median:8.2f}{high:8.2f}")
     worst = sorted(zip(share_right(drawn).tolist(), NAMES, strict=True))[:5]
     print("Fewest right: " + ", ".join(f"{name} {share:.0%}" for share, name in worst))
     print(f"VAE: PSNR {psnr(pipe.vae, rendered):.1f} dB on these renderings")
     args.figure.parent.mkdir(parents=True, exist_ok=True)
-    sheet(drawn[: len(NAMES)]).resize((9 * 128, 5 * 128), Image.Resampling.LANCZOS).save(args.figure)
-    print(f"T = {args.num_steps}, guidance {args.guidance_scale:g}, eta {args.eta:g}, seed {args.seed}: {args.figure}")
+    picture = sheet(drawn[: len(NAMES)])
+    picture.resize((9 * 128, 5 * 128), Image.Resampling.LANCZOS).save(args.figure)
+    settings = f"T = {args.num_steps}, guidance {args.guidance_scale:g}, eta {args.eta:g}"
+    print(f"{settings}, seed {args.seed}: {args.figure}")
 
 
 if __name__ == "__main__":

@@ -1,13 +1,14 @@
-"""A small network that names the animal of a picture, trained on renderings only: it judges what a model draws.
+"""A small network that names the animal of a picture: it judges what a model draws.
 
-    python toy/emoji_sd/classifier.py
-    python toy/emoji_sd/classifier.py --seed 1 --out toy/emoji_sd/judge.safetensors    # a second opinion
+    python -m toy.emoji_sd.classifier
+    python -m toy.emoji_sd.classifier --seed 1 --out toy/emoji_sd/judge.safetensors
 
-Two minutes on one core.
+It is trained on renderings only; two minutes on one core. The second
+command makes a second opinion.
 """
 
+import argparse
 import math
-import sys
 import time
 from functools import cache
 from pathlib import Path
@@ -18,13 +19,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository: this file is run as a script
-
-from toy import runs
 from toy.emoji_sd.render import NAMES, SIZE, caption, dataset
 
 WEIGHTS = Path(__file__).with_name("classifier.safetensors")
-JUDGE = WEIGHTS.with_name("judge.safetensors")  # the same from another seed, for models that were trained on the first
+JUDGE = Path(__file__).with_name("judge.safetensors")  # another seed: for models trained on WEIGHTS
 HELD_OUT = 2**32 + 1  # seed of pictures that no training sees
 
 
@@ -35,8 +33,12 @@ class Classifier(nn.Module):
         super().__init__()
         layers, before = [], 3
         for channels in (16, 32, 64, 96):
-            layers += [nn.Conv2d(before, channels, 3, 2, 1), nn.GroupNorm(8, channels), nn.SiLU()]
-            layers += [nn.Conv2d(channels, channels, 3, 1, 1), nn.GroupNorm(8, channels), nn.SiLU()]
+            for channels_in, stride in ((before, 2), (channels, 1)):
+                layers += [
+                    nn.Conv2d(channels_in, channels, 3, stride=stride, padding=1),
+                    nn.GroupNorm(8, channels),
+                    nn.SiLU(),
+                ]
             before = channels
         self.features = nn.Sequential(*layers)
         self.head = nn.Linear(before, len(NAMES))
@@ -65,8 +67,8 @@ def classify(net: Classifier, pictures: Tensor) -> Tensor:
 
 def recognised(images: list, prompts: list[str], weights: Path = WEIGHTS) -> list[float]:
     """A scorer for sd_demo.py: 1 for an image (PIL) whose animal is the prompt's, else 0."""
-    logits, meant = _judged(images, prompts, weights)
-    return (logits.argmax(1) == meant).float().tolist()
+    logits, expected = _judge(images, prompts, weights)
+    return (logits.argmax(1) == expected).float().tolist()
 
 
 def recognised_by_judge(images: list, prompts: list[str]) -> list[float]:
@@ -75,34 +77,36 @@ def recognised_by_judge(images: list, prompts: list[str]) -> list[float]:
 
 
 def log_probability(images: list, prompts: list[str]) -> list[float]:
-    """A scorer for sd_demo.py: log-probability, in nats, that the classifier gives to the prompt's animal."""
-    logits, meant = _judged(images, prompts, WEIGHTS)
-    return logits.log_softmax(1)[torch.arange(len(meant)), meant].tolist()
+    """A scorer for sd_demo.py: the classifier's log-probability of the prompt's animal, nats."""
+    logits, expected = _judge(images, prompts, WEIGHTS)
+    return logits.log_softmax(1)[torch.arange(len(expected)), expected].tolist()
 
 
 @torch.no_grad()
-def _judged(images: list, prompts: list[str], weights: Path) -> tuple[Tensor, Tensor]:
+def _judge(images: list, prompts: list[str], weights: Path) -> tuple[Tensor, Tensor]:
     """Logits (B, 45) of images and the numbers (B,) of their prompts' animals."""
     numbers = {caption(name): number for number, name in enumerate(NAMES)}
-    if unknown := [prompt for prompt in prompts if prompt not in numbers]:
-        raise ValueError(f"the classifier knows prompts such as 'a cat', of the 45 animals, not '{unknown[0]}'")
+    unknown = [prompt for prompt in prompts if prompt not in numbers]
+    if unknown:
+        raise ValueError(
+            f"the classifier knows prompts such as 'a cat', of the 45 animals, not '{unknown[0]}'"
+        )
     pixels = np.stack([np.asarray(image.convert("RGB").resize((SIZE, SIZE))) for image in images])
     return load(weights)(to_tensor(pixels)), torch.tensor([numbers[prompt] for prompt in prompts])
 
 
-def train(images: int, steps: int, seed: int, batch: int = 64, lr: float = 3e-3, progress: bool = True) -> Classifier:
-    """AdamW on renderings of which each was blurred, dimmed and made noisy by chance: so are a model's samples."""
+def train(images: int, steps: int, seed: int, batch: int = 64, lr: float = 3e-3) -> Classifier:
+    """AdamW on renderings that were distorted at random, as a model's samples are."""
     torch.manual_seed(seed)
     pictures, labels = (torch.from_numpy(array) for array in dataset(images, seed))
     net = Classifier()
     optimizer = torch.optim.AdamW(net.parameters(), lr, weight_decay=0.01, fused=True)
-    for step in tqdm(range(steps), "classifier", unit=" steps", disable=not progress, mininterval=0.5):
-        optimizer.param_groups[0]["lr"] = lr * min(1, (step + 1) / 100) * (1 + math.cos(math.pi * step / steps)) / 2
+    for step in tqdm(range(steps), "classifier", unit=" steps", mininterval=0.5):
+        warm_up = min(1, (step + 1) / 100)
+        cosine = 1 + math.cos(math.pi * step / steps)
+        optimizer.param_groups[0]["lr"] = lr * warm_up * cosine / 2
         chosen = torch.randint(len(pictures), (batch,))
-        x = to_tensor(pictures[chosen])
-        blurred = nn.functional.avg_pool2d(nn.functional.pad(x, [1] * 4, mode="replicate"), 3, 1)
-        x = torch.lerp(x, blurred, torch.rand(batch, 1, 1, 1))
-        x = x * (1 + 0.1 * torch.randn(batch, 3, 1, 1)) + 0.05 * torch.rand(batch, 1, 1, 1) * torch.randn(x.shape)
+        x = distort(to_tensor(pictures[chosen]))
         loss = nn.functional.cross_entropy(net(x), labels[chosen], label_smoothing=0.05)
         optimizer.zero_grad()
         loss.backward()
@@ -110,8 +114,24 @@ def train(images: int, steps: int, seed: int, batch: int = 64, lr: float = 3e-3,
     return net.eval().requires_grad_(False)
 
 
+def distort(x: Tensor) -> Tensor:
+    """Blur, tint and noise of random strength for each of the pictures x (B, 3, 64, 64)."""
+    padded = nn.functional.pad(x, [1] * 4, mode="replicate")
+    blurred = nn.functional.avg_pool2d(padded, 3, stride=1)
+    x = torch.lerp(x, blurred, torch.rand(len(x), 1, 1, 1))
+    tint = 1 + 0.1 * torch.randn(len(x), 3, 1, 1)
+    noise = 0.05 * torch.rand(len(x), 1, 1, 1) * torch.randn(x.shape)
+    return x * tint + noise
+
+
 def main(argv: list[str] | None = None) -> None:
-    parser = runs.Parser(prog="classifier.py", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m toy.emoji_sd.classifier",
+        usage="%(prog)s [flags]   (--help lists the flags)",
+        description=__doc__.splitlines()[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
     parser.add_argument("--images", type=int, default=13_500, help="renderings to train on")
     parser.add_argument("--steps", type=int, default=1_200, help="updates")
     parser.add_argument("--seed", type=int, default=0, help="of everything")
@@ -124,10 +144,11 @@ def main(argv: list[str] | None = None) -> None:
     net = train(args.images, args.steps, args.seed)
     pictures, labels = dataset(1800, HELD_OUT)
     right = (classify(net, to_tensor(pictures)) == torch.from_numpy(labels)).float().mean()
-    part = args.out.with_name(args.out.name + ".part")
+    part = args.out.with_name(f"{args.out.name}.part")
     save_file(net.state_dict(), part)
     part.replace(args.out)
-    print(f"{right:.1%} of 1800 held-out renderings right, {time.perf_counter() - start:.0f} s: {args.out}")
+    seconds = time.perf_counter() - start
+    print(f"{right:.1%} of 1800 held-out renderings right, {seconds:.0f} s: {args.out}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
-"""The data of the emoji model: the 45 animals of the paper's Appendix C, as Noto emoji on random backgrounds.
+"""The data of the emoji model: the 45 animals of the paper's Appendix C, as Noto emoji.
 
-An image is a function of its animal and its seed; nothing is downloaded and nothing is stored.
+Each stands on a random background. An image is a function of its animal and its seed; nothing is
+downloaded and nothing is stored.
 """
 
 from functools import cache
@@ -10,18 +11,16 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 SIZE = 64  # pixels, height and width
+
 # Noto's mouse and rat differ by little but colour at this size, so the mouse is its face.
-ANIMALS = {
-    "cat": "🐈", "dog": "🐕", "horse": "🐎", "monkey": "🐒", "rabbit": "🐇",
-    "zebra": "🦓", "spider": "🕷", "bird": "🐦", "sheep": "🐑", "deer": "🦌",
-    "cow": "🐄", "goat": "🐐", "lion": "🦁", "tiger": "🐅", "bear": "🐻",
-    "raccoon": "🦝", "fox": "🦊", "wolf": "🐺", "lizard": "🦎", "beetle": "🪲",
-    "kangaroo": "🦘", "fish": "🐟", "butterfly": "🦋", "shark": "🦈", "whale": "🐋",
-    "dolphin": "🐬", "squirrel": "🐿", "mouse": "🐭", "rat": "🐀", "snake": "🐍",
-    "turtle": "🐢", "frog": "🐸", "chicken": "🐔", "duck": "🦆", "goose": "🪿",
-    "bee": "🐝", "pig": "🐖", "turkey": "🦃", "fly": "🪰", "llama": "🦙",
-    "camel": "🐪", "gorilla": "🦍", "bat": "🦇", "ant": "🐜", "hedgehog": "🦔",
-}  # fmt: skip
+_TABLE = """
+cat 🐈 dog 🐕 horse 🐎 monkey 🐒 rabbit 🐇 zebra 🦓 spider 🕷 bird 🐦 sheep 🐑 deer 🦌 cow 🐄
+goat 🐐 lion 🦁 tiger 🐅 bear 🐻 raccoon 🦝 fox 🦊 wolf 🐺 lizard 🦎 beetle 🪲 kangaroo 🦘
+fish 🐟 butterfly 🦋 shark 🦈 whale 🐋 dolphin 🐬 squirrel 🐿 mouse 🐭 rat 🐀 snake 🐍 turtle 🐢
+frog 🐸 chicken 🐔 duck 🦆 goose 🪿 bee 🐝 pig 🐖 turkey 🦃 fly 🪰 llama 🦙 camel 🐪 gorilla 🦍
+bat 🦇 ant 🐜 hedgehog 🦔
+""".split()
+ANIMALS = dict(zip(_TABLE[::2], _TABLE[1::2], strict=True))  # name: character
 NAMES = list(ANIMALS)
 BACKGROUNDS = ("plain", "gradient", "stripes", "checks", "noise")
 FONTS = [
@@ -31,47 +30,65 @@ FONTS = [
     str(Path("~/.local/share/fonts/NotoColorEmoji.ttf").expanduser()),
     str(Path("~/.fonts/NotoColorEmoji.ttf").expanduser()),
 ]
+REMEDY = (
+    "install the Debian package fonts-noto-color-emoji (or give the path of its NotoColorEmoji.ttf)"
+)
 
 
 @cache
 def sprites(font: str | None = None) -> dict[str, Image.Image]:
-    """The animals as RGBA images, cropped to what is drawn; FileNotFoundError or ValueError says what to install."""
-    remedy = "install the Debian package fonts-noto-color-emoji (or give the path of its NotoColorEmoji.ttf)"
-    path = next((p for p in ([font] if font else FONTS) if Path(p).is_file()), None)
+    """The animals as RGBA images, cropped to what is drawn.
+
+    FileNotFoundError or ValueError says which font to install.
+    """
+    places = [font] if font else FONTS
+    path = next((place for place in places if Path(place).is_file()), None)
     if path is None:
-        raise FileNotFoundError(f"no Noto Color Emoji font at {font or ', '.join(FONTS)}: {remedy}")
+        raise FileNotFoundError(f"no Noto Color Emoji font at {', '.join(places)}: {REMEDY}")
     try:
         typeface = ImageFont.truetype(path, 109)  # the one size of this bitmap font
     except OSError as error:
-        raise ValueError(f"{path} is not the bitmap font Noto Color Emoji ({error}): {remedy}") from None
+        raise ValueError(
+            f"{path} is not the bitmap font Noto Color Emoji ({error}): {REMEDY}"
+        ) from None
     found = {}
     for name, character in ANIMALS.items():
         canvas = Image.new("RGBA", (136, 128))
         ImageDraw.Draw(canvas).text((0, 0), character, font=typeface, embedded_color=True)
-        if (box := canvas.getbbox()) is None:
-            raise ValueError(f"{path} has no emoji for '{name}' (U+{ord(character):X}): {remedy}")
+        box = canvas.getbbox()
+        if box is None:
+            raise ValueError(f"{path} has no emoji for '{name}' (U+{ord(character):X}): {REMEDY}")
         found[name] = canvas.crop(box)
     return found
 
 
-def render(name: str, seed, backgrounds: tuple[str, ...] = BACKGROUNDS, font: str | None = None) -> np.ndarray:
-    """One picture (64, 64, 3) uint8 of an animal: random size, place, flip and background, all drawn from the seed."""
+def render(
+    name: str, seed, backgrounds: tuple[str, ...] = BACKGROUNDS, font: str | None = None
+) -> np.ndarray:
+    """One picture (64, 64, 3) uint8 of an animal: random size, place, flip and background.
+
+    All of them are drawn from the seed, an integer or a list of integers.
+    """
     rng = np.random.default_rng(seed)
     sprite = sprites(font)[name]
     scale = rng.uniform(38, 58) / max(sprite.size)
-    sprite = sprite.resize([max(1, round(scale * side)) for side in sprite.size], Image.Resampling.LANCZOS)
+    size = [max(1, round(scale * side)) for side in sprite.size]
+    sprite = sprite.resize(size, Image.Resampling.LANCZOS)
     if rng.random() < 0.5:
         sprite = sprite.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     room = SIZE - np.array(sprite.size)
-    corner = np.rint(room / 2 + rng.uniform(-1, 1, 2) * np.minimum(room / 2, 5)).astype(int)
+    offset = rng.uniform(-1, 1, 2) * np.minimum(room / 2, 5)
+    corner = np.rint(room / 2 + offset).astype(int)
     image = Image.fromarray(background(rng, rng.choice(backgrounds)))
     image.paste(sprite, tuple(corner.tolist()), sprite)
     return np.asarray(image)
 
 
 def background(rng: np.random.Generator, kind: str) -> np.ndarray:
-    """A mix (64, 64, 3) of two light colours, in the pattern that `kind` names."""
-    hue, saturation, shift = rng.random(), rng.uniform(0.15, 0.5), rng.uniform(-0.15, 0.15)
+    """A mix (64, 64, 3) uint8 of two light colours, in the pattern that `kind` names."""
+    hue = rng.random()
+    saturation = rng.uniform(0.15, 0.5)
+    shift = rng.uniform(-0.15, 0.15)
     one = hsv(hue, saturation, rng.uniform(0.85, 1))
     two = hsv(hue + shift, saturation * rng.uniform(0.3, 1), rng.uniform(0.6, 0.85))
     y, x = np.mgrid[:SIZE, :SIZE] + 0.5
@@ -82,12 +99,14 @@ def background(rng: np.random.Generator, kind: str) -> np.ndarray:
         along = np.cos(angle) * x + np.sin(angle) * y
         mix = (along - along.min()) / np.ptp(along)
     elif kind == "stripes":
-        angle, period = rng.choice([0, 0.25, 0.5, 0.75]) * np.pi, rng.choice([10, 14, 20])
+        angle = rng.choice([0, 0.25, 0.5, 0.75]) * np.pi
+        period = rng.choice([10, 14, 20])
         mix = square_wave(np.cos(angle) * x + np.sin(angle) * y, period, rng.random())
     elif kind == "checks":
         period = rng.choice([16, 22, 32])
-        a, b = (square_wave(u, period, rng.random()) for u in (x, y))
-        mix = a + b - 2 * a * b
+        columns = square_wave(x, period, rng.random())
+        rows = square_wave(y, period, rng.random())
+        mix = columns + rows - 2 * columns * rows
     elif kind == "noise":
         grid = Image.fromarray(rng.random((12, 12), dtype=np.float32))
         mix = np.clip(np.asarray(grid.resize((SIZE, SIZE), Image.Resampling.BICUBIC)), 0, 1)
@@ -97,8 +116,9 @@ def background(rng: np.random.Generator, kind: str) -> np.ndarray:
 
 
 def square_wave(u: np.ndarray, period: float, phase: float) -> np.ndarray:
-    """0 and 1 by turns along u, with edges a pixel wide."""
-    return np.clip(0.5 + period / (2 * np.pi) * np.sin(2 * np.pi * (u / period + phase)), 0, 1)
+    """0 and 1 by turns along u, with edges a pixel wide; period in pixels, phase in periods."""
+    wave = np.sin(2 * np.pi * (u / period + phase))
+    return np.clip(0.5 + period / (2 * np.pi) * wave, 0, 1)
 
 
 def hsv(hue: float, saturation: float, value: float) -> np.ndarray:
@@ -110,8 +130,10 @@ def hsv(hue: float, saturation: float, value: float) -> np.ndarray:
 def dataset(count: int, seed: int, **kwargs) -> tuple[np.ndarray, np.ndarray]:
     """Pictures (count, 64, 64, 3) uint8 and animal numbers (count,), the animals in turn."""
     labels = np.arange(count) % len(NAMES)
-    return np.stack([render(NAMES[k], [seed, n], **kwargs) for n, k in enumerate(labels)]), labels
+    pictures = [render(NAMES[label], [seed, n], **kwargs) for n, label in enumerate(labels)]
+    return np.stack(pictures), labels
 
 
 def caption(name: str) -> str:
+    """The prompt of an animal, such as "a cat" or "an ant"."""
     return f"an {name}" if name[0] in "aeiou" else f"a {name}"

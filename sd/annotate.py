@@ -1,0 +1,273 @@
+"""The labelling page: people answer the questions of a run in a browser, on this machine only.
+
+    GET  /                 the page, annotate.html
+    GET  /state?name=Ann   what Ann is asked, what she answered, and what the run is doing
+    GET  /images/ID/K      image K of a question that is asked now
+    POST /answer           {"id": ID, "name": "Ann" or null, "answer": as in sd/labels.py}
+
+The server listens on 127.0.0.1. What a page of another site sends is refused, under its own name
+(Origin, against CSRF) and under a name that leads here (Host, against DNS rebinding).
+"""
+
+import json
+import math
+import os
+import secrets
+import socket
+import threading
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import uvicorn
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException as HTTPError  # HTTPError(status, message)
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import FileResponse, HTMLResponse, JSONResponse
+from starlette.routing import Route
+from tqdm import tqdm
+
+from sd import labels
+from sd.run_folder import Stream, generator, save_lines
+
+PORTS = range(7860, 7960)  # tried in turn where no port is given
+MAX_REQUEST_BYTES = 10_000  # far more than an answer needs
+FAREWELL_SECONDS = 1.5  # open pages ask once a second, and learn that the run has ended
+CONTENT_POLICY = (
+    "default-src 'none'; img-src 'self' data:; connect-src 'self'; style-src 'unsafe-inline'; "
+    "script-src 'unsafe-inline'; base-uri 'none'; frame-ancestors 'none'"
+)
+SECURITY_HEADERS = [  # of every response, errors too
+    ("Content-Security-Policy", CONTENT_POLICY),
+    ("Cross-Origin-Resource-Policy", "same-origin"),
+    ("X-Content-Type-Options", "nosniff"),
+]
+
+
+class Question(NamedTuple):
+    row: dict  # line of labels.jsonl whose answer is null
+    left: int  # which of two images stands on the left
+    answers: dict  # by annotator
+
+
+class AnnotationServer:
+    """Asks people about images of a run, on a page that opens with the first question.
+
+    run: the folder with labels.jsonl and images/. annotators: answers that each question needs,
+    from as many people. seed: of left and right. port: None for the first free one from 7860.
+    """
+
+    def __init__(self, run: Path, annotators: int, seed: int, port: int | None = None):
+        self.run, self.annotators, self.seed, self.port = run, annotators, seed, port
+        self.file, self.url, self.kappa = run / "labels.jsonl", None, math.nan
+        self._server = self._thread = None
+        self._changed = threading.Condition()  # guards the three below
+        self._questions: dict[str, Question] = {}  # by id, in order
+        self._status, self._ended = "", False
+
+    def ask(self, questions: list[dict]) -> list[dict]:
+        """Wait until each question has its answers; return the questions as the majority answers.
+
+        questions: lines of labels.jsonl, of one epoch, whose answer is null. Sets `kappa`. Raises
+        LabelError for a labels.jsonl with flaws, and where no page can be opened.
+        """
+        if not questions:
+            return []
+        folder = (self.run / "images").resolve()
+        for image in (image for row in questions for image in row["images"]):
+            if folder not in (self.run / image).resolve().parents:
+                raise ValueError(f"{image} is not in {folder}")
+        answers = list(labels.read_labels(self.file, questions).values())
+        if any(len(given) < self.annotators for given in answers):
+            self._wait_for_people(questions, answers)
+
+        field = labels.answer_field(questions[0])
+        votes = [[v for v in given.values() if v is not None] for given in answers]
+        if field == "bad":  # each image is an item to agree on
+            votes = [list(image) for tags in votes for image in zip(*tags, strict=True)]
+        self.kappa = labels.fleiss_kappa(votes)
+        rows = zip(questions, answers, strict=True)
+        return [{**row, field: labels.majority(row, list(given.values()))} for row, given in rows]
+
+    def status(self, text: str) -> None:
+        """What the page says while it has no question."""
+        with self._changed:
+            self._status = text
+
+    def close(self) -> None:
+        """Tell open pages that the run has ended, and serve no more."""
+        if self._server is not None:
+            with self._changed:
+                self._status = "The run has finished. You can close this page."
+                self._ended = True
+            time.sleep(FAREWELL_SECONDS)
+            self._server.should_exit = True
+            self._thread.join()
+            self._server = None
+
+    def _wait_for_people(self, questions: list[dict], answers: list[dict]) -> None:
+        epoch = questions[0]["epoch"]
+        save_lines(self.run / "questions.jsonl", questions)
+        with self.file.open("ab") as file:  # or the next answer would join a line cut short
+            file.truncate(len(labels.whole_lines(self.file)))
+        sides = generator(self.seed, Stream.SIDES, epoch)
+        left = torch.randint(2, (len(questions),), generator=sides).tolist()
+        asked = [Question(*parts) for parts in zip(questions, left, answers, strict=True)]
+        start = secrets.token_hex(8)  # a page of an earlier start cannot answer in this one
+        with self._changed:
+            self._questions = {f"{start}-{n}": question for n, question in enumerate(asked)}
+        self._open()
+        people = f"{self.annotators} to answer at {self.url}"
+        tqdm.write(f"Epoch {epoch}: {len(questions)} questions for {people}")
+        with self._changed:
+            self._changed.wait_for(lambda: self._missing() == 0)
+            self._questions, self._status = {}, f"Training, epoch {epoch}"
+
+    def _missing(self) -> int:
+        """Answers that are still to come."""
+        return sum(max(self.annotators - len(q.answers), 0) for q in self._questions.values())
+
+    def _open(self) -> None:
+        if self._server is not None:
+            return
+        listener = listen(self.port)
+        self.url = f"http://127.0.0.1:{listener.getsockname()[1]}/"
+        page = HTMLResponse(Path(__file__).with_name("annotate.html").read_bytes())
+        routes = [
+            Route("/", page, methods=["GET"]),  # and HEAD
+            Route("/state", self._get_state),
+            Route("/images/{id}/{k}", self._get_image),
+            Route("/answer", self._post_answer, methods=["POST"]),
+        ]
+        app = Starlette(routes=routes, exception_handlers={HTTPError: error_response})
+        app.router.redirect_slashes = False
+        app.add_middleware(SameOriginMiddleware)
+        app.add_middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost"])
+        http = {"http": "h11", "ws": "none", "lifespan": "off"}  # h11 refuses two Host headers
+        quiet = {"log_config": None, "log_level": "error", "timeout_graceful_shutdown": 1}
+        config = uvicorn.Config(app, headers=SECURITY_HEADERS, **http, **quiet)
+        self._server = uvicorn.Server(config)
+        self._thread = threading.Thread(target=self._server.run, args=([listener],), daemon=True)
+        self._thread.start()
+
+    async def _get_state(self, request: Request):
+        name = self._check_name(request.query_params.get("name") or None)
+        several, asked = self.annotators > 1, []
+        with self._changed:
+            for key, (row, left, answers) in self._questions.items():
+                if name in answers or len(answers) < self.annotators:
+                    images = [f"/images/{key}/{k}" for k in range(len(row["images"]))]
+                    question = {"id": key, "prompt": row["prompt"], "images": images, "left": left}
+                    answer = {"answered": name in answers, "answer": answers.get(name)}
+                    asked.append({**question, "kind": labels.answer_field(row), **answer})
+            is_open = any(not question["answered"] for question in asked) and (name or not several)
+            wait = f"Thank you. Others have {self._missing()} answers to give."
+            state = {
+                "questions": asked if is_open else [],
+                "status": wait if self._questions else self._status,
+                "ended": self._ended,
+                "named": several,
+            }
+        return JSONResponse(state, headers={"Cache-Control": "no-store"})
+
+    async def _get_image(self, request: Request):
+        images = self._find_question(request.path_params["id"]).row["images"]
+        files = {str(k): self.run / image for k, image in enumerate(images)}
+        file = files.get(request.path_params["k"])
+        if file is None or not file.is_file():
+            raise HTTPError(404, "there is no such image")
+        return FileResponse(file, media_type="image/png", headers={"Cache-Control": "private"})
+
+    async def _post_answer(self, request: Request):
+        """Keep an answer: it is on disk when the reply goes out."""
+        sent = await read_json(request)
+        if not isinstance(sent, dict) or sent.keys() != {"id", "name", "answer"}:
+            raise HTTPError(400, "send an object of id, name and answer")
+        with self._changed:
+            question = self._find_question(sent["id"])
+            name, answer = self._check_name(sent["name"]), sent["answer"]
+            if name is None and self.annotators > 1:
+                raise HTTPError(400, "say your name first")
+            if problem := labels.validate_answer(question.row, answer):
+                raise HTTPError(400, problem)
+            field = labels.answer_field(question.row)
+            annotator = {} if name is None else {"annotator": name}
+            left = {"left": question.left} if field == "h" else {}
+            append_safely(self.file, {**question.row, field: answer, **annotator, **left})
+            question.answers[name] = answer
+            self._changed.notify_all()
+        return JSONResponse({"saved": True})
+
+    def _find_question(self, key) -> Question:
+        with self._changed:
+            if not isinstance(key, str) or key not in self._questions:
+                raise HTTPError(409, "this question is not asked now")
+            return self._questions[key]
+
+    def _check_name(self, name) -> str | None:
+        if name is None:
+            return None
+        if not (isinstance(name, str) and name.isprintable() and 0 < len(name.strip()) <= 40):
+            raise HTTPError(400, "a name has 1 to 40 printable characters")
+        if self.annotators == 1:
+            raise HTTPError(400, "one person labels this run, without a name")
+        return name.strip()
+
+
+class SameOriginMiddleware:
+    """Refuses what a page of another site sends: a browser puts that site's name into Origin."""
+
+    def __init__(self, app):
+        self.app = app
+
+    async def __call__(self, scope, receive, send):
+        headers = Request(scope).headers
+        own = f"http://{headers['host']}"
+        foreign = any(origin != own for origin in headers.getlist("origin"))
+        refusal = JSONResponse({"error": "requests of other sites are refused"}, 403)
+        await (refusal if foreign else self.app)(scope, receive, send)
+
+
+async def error_response(request: Request, error: HTTPError):
+    return JSONResponse({"error": error.detail}, error.status_code, error.headers)
+
+
+async def read_json(request: Request):
+    """What a request holds. Raises HTTPError unless it is JSON, also by its header, and small."""
+    if request.headers.get("content-type", "").split(";")[0].strip() != "application/json":
+        raise HTTPError(415, "send application/json")  # pages of other sites cannot
+    length = request.headers.get("content-length", "")
+    if not length.isdecimal() or int(length) > MAX_REQUEST_BYTES:
+        raise HTTPError(413, f"send at most {MAX_REQUEST_BYTES} bytes, and say how many")
+    try:
+        return json.loads((await request.body()).decode())
+    except ClientDisconnect:
+        raise HTTPError(400, "the request broke off") from None
+    except (ValueError, RecursionError):
+        raise HTTPError(400, "this is not JSON") from None
+
+
+def append_safely(file: Path, row: dict) -> None:
+    """Add a line to a file: on disk when this returns. Raises HTTPError, without half a line."""
+    line, end = json.dumps(row).encode() + b"\n", file.stat().st_size
+    try:
+        with file.open("ab", buffering=0) as opened:
+            if opened.write(line) < len(line):
+                raise OSError(28, "the disk is full")
+            os.fsync(opened.fileno())
+    except OSError as error:
+        os.truncate(file, end)
+        raise HTTPError(500, f"{file} cannot be written ({error.strerror})") from error
+
+
+def listen(port: int | None) -> socket.socket:
+    """A socket of 127.0.0.1 at a port, or at the first free one. Raises LabelError without any."""
+    for number in PORTS if port is None else [port]:
+        try:
+            return socket.create_server(("127.0.0.1", number))
+        except (OSError, OverflowError):
+            continue
+    wanted = f"{PORTS[0]} or after" if port is None else port
+    raise labels.LabelError(f"no page opens at port {wanted}: give another --port")

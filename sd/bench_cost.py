@@ -1,0 +1,646 @@
+"""What sd_demo.py costs, beside whole-chain DPO and the authors' released code.
+
+    python -m sd.bench_cost    # eleven minutes on two cores; nothing else may run meanwhile
+
+The bundled emoji model is timed and counted. SD 1.5 is its architecture at 512x512 in fp16, with
+random weights. On a CUDA GPU of 24 GB or more it is timed too; elsewhere its bytes, operations and
+UNet rows are counted on tensors without data (torch's meta device).
+
+All sides train one LoRA on the same trajectories and pairs; tests/sd/test_bench_cost.py compares
+their gradients. The released structure, from its description: policy and reference apart and each
+trajectory alone, pair after pair; the reference is a second UNet. Its clamp and its mean over
+elements, which cost nothing, are left out. The sides of a race run in turn, and a ratio is that of
+neighbours in time.
+
+Writes --out, and beside it the tables of the page (.md), between its two marks, and the figure of
+SD 1.5's memory (.png). What other machines wrote stays.
+"""
+
+import argparse
+import os
+import platform
+import re
+import time
+import weakref
+from argparse import Namespace
+from collections import Counter
+from collections.abc import Callable
+from contextlib import ExitStack, contextmanager
+from functools import cached_property, partial
+from itertools import combinations
+from pathlib import Path
+from typing import NamedTuple
+from unittest import mock
+
+import diffusers
+import numpy as np
+import torch
+import torch.nn.functional as F
+import transformers
+from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
+from diffusers.training_utils import cast_training_params
+from matplotlib.figure import Figure
+from torch import Tensor
+from torch.utils import flop_counter
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import CLIPTextModel
+
+import d3po
+import sd_demo
+from sd import model, options, run_folder
+from sd.model import Batch, PipelinePolicy
+from sd.prompts import load_prompts
+from toy.emoji_sd import models
+
+RESULTS = run_folder.ROOT / "sd" / "results"
+MARK = "<!-- python -m sd.bench_cost writes what is between these two lines -->\n"
+FIXED = "--objective compressibility --guidance-scale 5 --max-grad-norm 1e9"
+ONE_PAIR = ["--model", "SD 1.5, random weights", "--images-per-prompt", "2", "--batch-size", "1"]
+SD15_UNET = {
+    "cross_attention_dim": 768,
+    "attention_head_dim": 8,
+    "block_out_channels": (320, 640, 1280, 1280),
+}
+SD15_VAE = {
+    "block_out_channels": (128, 256, 512, 512),
+    "layers_per_block": 2,
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+}
+LATENTS = 64  # of 512x512 pixels
+LENGTHS = (2, 4, 8)  # T of the figure
+
+HERE, AUTOGRAD, PIECES = "here, previous", "whole chain by autograd", "whole chain in pieces"
+IN_FIGURE = {HERE: "ko-", f"{HERE}, checkpointed": "k^--", PIECES: "kx:", AUTOGRAD: "rs-."}
+HEADS = ("", "ms", "here / this", "UNet rows", "GFLOP", "grown, GB", "peak, GB")
+
+CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+CPU_ATTENTION_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+def attention_flop(q, k, v, *_, **__) -> int:
+    return flop_counter.sdpa_flop_count(q, k, v)
+
+
+def attention_backward_flop(gradient, q, k, v, *_, **__) -> int:
+    return flop_counter.sdpa_backward_flop_count(gradient, q, k, v)
+
+
+FORMULAS = {  # of operations: those of torch's FlopCounterMode, and what it lacks
+    **flop_counter.flop_registry,
+    CPU_ATTENTION: flop_counter.shape_wrapper(attention_flop),
+    CPU_ATTENTION_BACKWARD: flop_counter.shape_wrapper(attention_backward_flop),
+}
+
+
+# SD 1.5's architecture
+
+
+class ToReal(torch.autograd.Function):
+    """Zeros for a tensor without data, and gradients without data for real ones."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return torch.zeros(x.shape)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return torch.empty_like(gradient, device="meta")
+
+
+class WeightlessUNet(UNet2DConditionModel):
+    """A UNet on the meta device that takes and gives real tensors: nothing is computed."""
+
+    device = torch.device("cpu")  # where others shall put its inputs
+
+    def to(self, *_, **__):
+        return self
+
+    def forward(self, sample, timestep, encoder_hidden_states, **_):
+        real = sample, timestep, encoder_hidden_states
+        state, time, text = (x.to("meta") for x in real)
+        output = super().forward(state, time, text).sample.float()
+        return UNet2DConditionOutput(sample=ToReal.apply(output))
+
+
+def sd15(size: int, dtype: torch.dtype, weightless: bool) -> StableDiffusionPipeline:
+    """SD 1.5 with random weights, or without: one text layer, and the emoji model's tokenizer."""
+    words, width = models.tokenizer(), SD15_UNET["cross_attention_dim"]
+    text = models.text_encoder(words, tiny=True).config
+    widths = ("hidden_size", "intermediate_size", "projection_dim")
+    text.update({**dict.fromkeys(widths, width), "max_position_embeddings": 77})
+    device, unet_class = "cuda" if torch.cuda.is_available() else "cpu", UNet2DConditionModel
+    if weightless:
+        device, unet_class = "meta", WeightlessUNet
+    with torch.device(device):
+        unet = unet_class(sample_size=size, **SD15_UNET)
+        vae = AutoencoderKL(**SD15_VAE)
+    pipe = models.pipeline(vae, CLIPTextModel(text), unet)
+    pipe.tokenizer.model_max_length = 77
+    for part in (pipe.vae, pipe.text_encoder, pipe.unet):
+        torch.nn.Module.to(part, dtype)
+    if weightless:
+        pipe.to = lambda *_: pipe
+    return pipe
+
+
+def flash_attention(q: Tensor, k: Tensor, v: Tensor, *_, **__) -> Tensor:
+    """A GPU's kernel; on the meta device torch would choose to hold every attention matrix."""
+    return CPU_ATTENTION(q, k, v)[0]
+
+
+@contextmanager
+def random_sd15(size: int, weightless: bool = False):
+    """Inside, every pipeline is SD 1.5 with random weights, or with none, then in fp16."""
+
+    def load(name, precision):
+        return sd15(size, torch.float16 if weightless else model.DTYPES[precision], weightless)
+
+    attention = flash_attention if weightless else F.scaled_dot_product_attention
+    with mock.patch.object(model, "load_pipeline", load):
+        with mock.patch.object(F, "scaled_dot_product_attention", attention):
+            yield
+
+
+# The sides of a race
+
+
+class Setup:
+    """A model ready to train, as sd_demo.py loads it."""
+
+    def __init__(self, *flags: str):
+        _, self.args = options.parse([*FIXED.split(), *flags])
+        self.accelerator = model.make_accelerator(self.args.precision)
+        prompts = load_prompts(self.args.prompts)
+        self.model = model.load_model(self.args, prompts, self.accelerator)
+        self.pipe, self.lora = self.model.pipe, self.model.lora
+        self.device = self.lora[0].device.type
+        self.optimizer = self.accelerator.prepare(torch.optim.AdamW(self.lora, 1e-6))
+        for weight in self.lora:
+            weight.grad = torch.zeros_like(weight)
+        self.optimizer.optimizer.step()  # Adam's moments are there before anything is counted
+        self.optimizer.zero_grad()
+        if self.device == "meta":
+            self.accelerator.clip_grad_norm_ = lambda *_: torch.ones(())  # its norm has no value
+
+    def load_stock(self) -> StableDiffusionPipeline:
+        pipe = model.load_pipeline(self.args.model, self.args.precision)
+        pipe = pipe.to(self.accelerator.device)
+        pipe.scheduler = self.pipe.scheduler
+        pipe.unet.requires_grad_(False)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    @cached_property
+    def stock(self) -> StableDiffusionPipeline:
+        """Its UNet is the second one of the released structure."""
+        return self.load_stock()
+
+    @cached_property
+    def stock_with_lora(self) -> StableDiffusionPipeline:
+        pipe = self.load_stock()
+        pipe.unet.add_adapter(self.pipe.unet.peft_config["default"])
+        cast_training_params(pipe.unet, torch.float32)
+        return pipe
+
+
+class Bench:
+    """Trajectories of groups of K, `tagged` of each marked as bad, and all that is timed on them.
+
+    groups: how many; T: steps, all of which are trained.
+    """
+
+    def __init__(self, setup: Setup, groups: int, T: int, *, K: int = 2, tagged: int = 1):
+        text, device = setup.model.text, setup.accelerator.device
+        self.setup, self.steps = setup, list(range(T))
+        self.schedule = d3po.make_schedule(setup.pipe.scheduler.alphas_cumprod, T)
+        self.model = setup.model._replace(schedule=self.schedule)
+        bad = torch.arange(K).expand(groups, K) < tagged
+        self.pairs = d3po.pairs_from_tags(bad).to(device)
+        self.combinations = torch.tensor(list(combinations(range(K), 2)), device=device)
+        prompts = text[torch.arange(groups) % len(self.model.prompts)].repeat_interleave(K, 0)
+        self.cond = torch.stack([text[-1:].expand_as(prompts), prompts], 1).to(device)
+        x_T = torch.randn(groups, *self.model.latent_shape)
+        self.x_T = x_T.repeat_interleave(K, 0).to(device)
+        self.batch = Batch(self.sample(), self.cond, [], [], K)
+
+    @property
+    def units(self) -> int:
+        """Pairs times steps."""
+        return len(self.pairs) * len(self.steps)
+
+    def sample(self) -> d3po.Trajectory:
+        return d3po.rollout(self.model.sampler, self.schedule, self.x_T, self.cond)
+
+    def sample_with(self, pipeline: str) -> None:
+        """As `sample`, by a pipeline of diffusers: stock or stock_with_lora."""
+        pipe = getattr(self.setup, pipeline)
+        pipe(
+            prompt_embeds=self.cond[:, 1],
+            negative_prompt_embeds=self.cond[:, 0],
+            latents=self.x_T.to(pipe.unet.dtype),
+            eta=1.0,
+            num_inference_steps=len(self.steps),
+            guidance_scale=self.setup.args.guidance_scale,
+            output_type="latent",
+        )
+
+    def ours(self, *, reference: str = "previous", loss: str = "eq14") -> None:
+        setup, every = self.setup, "trajectory" if loss == "chain" else "timestep"
+        changed = {"reference": reference, "loss": loss, "update_every": every}
+        args = Namespace(**{**vars(setup.args), **changed})
+        run = sd_demo.Run(args, setup.accelerator, self.model, setup.optimizer, feedback=None)
+        ref = sd_demo.reference_log_prob(run, self.batch)
+        sd_demo.update_batch(run, self.batch, self.pairs, ref_log_prob=ref, steps=self.steps)
+
+    def log_prob(self, denoiser: PipelinePolicy, i: int, chosen: Tensor) -> Tensor:
+        """Of action i of the chosen trajectories."""
+        x = self.batch.trajectory.x
+        mean = d3po.policy_mean(denoiser, self.schedule, i, x[i, chosen], self.cond[chosen])
+        return d3po.log_prob(x[i + 1, chosen], mean, self.schedule.sigma[i])
+
+    def update(self) -> None:
+        setup = self.setup
+        setup.accelerator.clip_grad_norm_(setup.lora, setup.args.max_grad_norm)
+        setup.optimizer.step()
+        setup.optimizer.zero_grad()
+
+    def by_autograd(self) -> None:
+        """Eq. 5 as it stands: the graphs of all steps at once."""
+        every, ref = torch.arange(len(self.x_T)), self.batch.trajectory.log_prob
+        log_ratio = sum(self.log_prob(self.model.policy, i, every) - ref[i] for i in self.steps)
+        loss = d3po.d3po_loss(*log_ratio[self.pairs.T], self.setup.args.beta).mean()
+        self.setup.accelerator.backward(loss)
+        self.update()
+
+    def released(self, pairs: Tensor, batch_size: int = 1) -> None:
+        """Four forwards a step for batch_size pairs; an update after the last step."""
+        setup = self.setup
+        reference = PipelinePolicy(setup.stock.unet, setup.pipe, setup.args.guidance_scale)
+        for batch in pairs.split(batch_size):
+            for i in torch.randperm(len(self.steps)).tolist():
+                log_ratios = []
+                for chosen in batch.T:  # the winners, the losers
+                    log_prob = self.log_prob(self.model.policy, i, chosen)
+                    with torch.no_grad():
+                        ref_log_prob = self.log_prob(reference, i, chosen)
+                    log_ratios.append(log_prob - ref_log_prob)
+                setup.accelerator.backward(d3po.d3po_loss(*log_ratios, setup.args.beta).mean())
+            self.update()
+
+
+class Side(NamedTuple):
+    """One way to do the work of a bench."""
+
+    name: str
+    bench: Bench
+    run: Callable[[], object]
+    checkpointing: bool = False
+    pipelines: tuple[str, ...] = ("pipe",)  # of the setup, whose UNets are at work
+
+    def prepare(self) -> None:
+        unet = self.bench.setup.pipe.unet
+        if self.checkpointing:
+            unet.enable_gradient_checkpointing()
+        else:
+            unet.disable_gradient_checkpointing()
+
+
+def training(bench: Bench) -> list[Side]:
+    ours = {
+        HERE: bench.ours,
+        "here, initial": partial(bench.ours, reference="initial"),
+        PIECES: partial(bench.ours, loss="chain"),
+    }
+    sides = []
+    for name, run in ours.items():
+        sides.append(Side(name, bench, run))
+        sides.append(Side(f"{name}, checkpointed", bench, run, checkpointing=True))
+    sides.append(Side(AUTOGRAD, bench, bench.by_autograd))
+    for size, how in {len(bench.pairs): "batches like ours", 1: "pair after pair"}.items():
+        run = partial(bench.released, bench.pairs, size)
+        name = f"released structure, {how}"
+        sides.append(Side(name, bench, run, pipelines=("pipe", "stock")))
+    return sides
+
+
+def groups_of_seven(setup: Setup) -> list[Side]:
+    bench = Bench(setup, 1, 1, K=7, tagged=3)
+    sides = [
+        Side("K = 7, 3 tagged: here", bench, bench.ours),
+        Side("K = 7, 3 tagged: here, checkpointed", bench, bench.ours, checkpointing=True),
+    ]
+    for pairs, which in ((bench.pairs, "the 12 pairs"), (bench.combinations, "all 21 pairs")):
+        run, name = partial(bench.released, pairs), f"K = 7, 3 tagged: released, {which}"
+        sides.append(Side(name, bench, run, pipelines=("pipe", "stock")))
+    return sides
+
+
+def sampling(bench: Bench) -> list[Side]:
+    sides = [Side("sampling, here", bench, bench.sample)]
+    for pipeline, lora in (("stock_with_lora", "with the LoRA"), ("stock", "no LoRA")):
+        run, name = partial(bench.sample_with, pipeline), f"sampling, stock pipeline, {lora}"
+        sides.append(Side(name, bench, run, pipelines=(pipeline,)))
+    return sides
+
+
+# Counting and timing
+
+
+class Rows(ExitStack):
+    """Counts rows of the batches of UNets; a guided trajectory has two."""
+
+    def __init__(self, unets: list[UNet2DConditionModel]):
+        super().__init__()
+        self.count = Counter()
+        for unet in unets:
+            self.callback(unet.register_forward_hook(self.after_forward).remove)
+            block = unet.mid_block.resnets[-1]
+            self.callback(block.register_forward_pre_hook(self.before_block).remove)
+
+    def after_forward(self, unet, inputs, output):
+        rows, with_gradient = len(inputs[0]), torch.is_grad_enabled()
+        self.count["with" if with_gradient else "without"] += rows
+        if with_gradient:
+            output.sample.register_hook(lambda _: self.count.update(backward=rows))
+
+    def before_block(self, block, inputs):
+        self.count["block"] += len(inputs[0])
+
+    def as_list(self) -> list[int]:
+        """Rows without gradient, with gradient, run again by checkpointing, backward."""
+        n = self.count
+        return [n["without"], n["with"], n["block"] - n["without"] - n["with"], n["backward"]]
+
+
+class Meter(TorchDispatchMode):
+    """Counts operations, and the bytes alive of tensors made inside, now and at most."""
+
+    def __init__(self, device: str):
+        super().__init__()
+        self.device, self.known = device, set()
+        self.now = self.most = self.flop = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        inputs = {s._cdata for s in self.storages((*args, *kwargs.values()))}
+        out = func(*args, **kwargs)
+        if formula := FORMULAS.get(func.overloadpacket):
+            self.flop += formula(*args, **kwargs, out_val=out)
+        for storage in self.storages([out]):
+            key, size = storage._cdata, storage.nbytes()
+            if key not in inputs and key not in self.known:
+                self.known.add(key)
+                self.now += size
+                self.most = max(self.most, self.now)
+                weakref.finalize(storage, self.forget, key, size)
+        return out
+
+    def storages(self, values):
+        for value in values:
+            if isinstance(value, Tensor) and value.device.type == self.device:
+                yield value.untyped_storage()
+            elif isinstance(value, list | tuple):
+                yield from self.storages(value)
+
+    def forget(self, key: int, size: int) -> None:
+        self.known.discard(key)
+        self.now -= size
+
+
+def gb(tensors: list[Tensor]) -> float:
+    """Of memory, each storage once."""
+    storages = (t.untyped_storage() for t in tensors)
+    return sum({s._cdata: s.nbytes() for s in storages}.values()) / 1e9
+
+
+def count(side: Side) -> dict:
+    """Of one pass: rows and GFLOP for each pair and step; GB beyond the base, and in all."""
+    bench, setup = side.bench, side.bench.setup
+    unets = [getattr(setup, name).unet for name in side.pipelines]
+    weights = [p for unet in unets for p in unet.parameters()]
+    states = [t for state in setup.optimizer.state.values() for t in state.values()]
+    vae, trajectory = setup.pipe.vae.parameters(), bench.batch.trajectory
+    base_gb = gb([*weights, *vae, *states, *trajectory, bench.cond])
+
+    meter, rows = Meter(setup.device), Rows(unets)
+    side.prepare()
+    with rows, meter:
+        side.run()
+    grown_gb = meter.most / 1e9
+    if setup.device == "cuda":  # what its allocator says, without the counters
+        synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        side.run()
+        grown_gb = (torch.cuda.max_memory_allocated() - before) / 1e9
+    return {
+        "rows": [n / bench.units for n in rows.as_list()],
+        "gflop": meter.flop / 1e9 / bench.units,
+        "grown_gb": grown_gb,
+        "peak_gb": base_gb + grown_gb,
+    }
+
+
+def seconds(run: Callable) -> float:
+    synchronize()
+    start = time.perf_counter()
+    run()
+    synchronize()
+    return time.perf_counter() - start
+
+
+def synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def race(sides: list[Side], rounds: int) -> list[dict]:
+    """For each side, for each pair and step: its time, and the first side's in units of it.
+
+    Both as [median, least, most] of the rounds; the first round warms up.
+    """
+    times = []
+    for _ in range(rounds + 1):
+        times.append([])
+        for side in sides:
+            side.prepare()
+            times[-1].append(seconds(side.run) / side.bench.units)
+
+    def spread(values):
+        return [float(find(values)) for find in (np.median, np.min, np.max)]
+
+    columns = np.array(times[1:]).T
+    ratios = columns[0] / columns
+    return [
+        {"seconds": spread(column), "ratio": spread(ratio)}
+        for column, ratio in zip(columns, ratios, strict=True)
+    ]
+
+
+def measure(sides: list[Side], rounds: int) -> list[dict]:
+    """A row for each side of a race: timed and counted."""
+    if sides[0].name.startswith("sampling"):  # sides that are nearly equal
+        rounds *= 3
+    rows = []
+    for side, times in zip(sides, race(sides, rounds), strict=True):
+        rows.append({"name": side.name, **times, **count(side)})
+        print(*cells(rows[-1]), sep="  ", flush=True)
+    return rows
+
+
+def memory_by_length(setup: Setup) -> dict:
+    """Peak GB of one pair for several T."""
+    found = {name: [] for name in IN_FIGURE}
+    for T in LENGTHS:
+        for side in training(Bench(setup, 1, T)):
+            if side.name in IN_FIGURE:
+                found[side.name].append(count(side)["peak_gb"])
+    return {"T": LENGTHS, "peak_gb": found}
+
+
+# The models
+
+
+def emoji(rounds: int) -> dict:
+    setup = Setup("--model", str(options.EMOJI))
+    bf16 = Setup("--model", str(options.EMOJI), "--precision", "bf16")
+    bench = Bench(setup, 4, 10)
+    other_batches = {
+        "1 pair in a batch": Bench(setup, 1, 10),
+        "16 pairs in a batch": Bench(setup, 16, 10),
+        "bf16": Bench(bf16, 4, 10),
+    }
+    trained, sampled = training(bench), sampling(bench)
+    for name, other in other_batches.items():
+        trained.append(Side(f"{HERE}, {name}", other, other.ours))
+        sampled.append(Side(f"sampling, here, {name}", other, other.sample))
+    races = trained, groups_of_seven(setup), sampled
+    return {"rows": [row for sides in races for row in measure(sides, rounds)]}
+
+
+def sd15_timed(rounds: int) -> dict:
+    with random_sd15(LATENTS):
+        setup = Setup(*ONE_PAIR)
+        races = training(Bench(setup, 1, 4)), groups_of_seven(setup), sampling(Bench(setup, 4, 20))
+        return {"rows": [row for sides in races for row in measure(sides, rounds)]}
+
+
+def sd15_counted() -> dict:
+    with random_sd15(LATENTS, weightless=True):
+        setup = Setup(*ONE_PAIR)
+        bench = Bench(setup, 1, 2)
+        sides = [*training(bench), *groups_of_seven(setup)[:2], *sampling(bench)[:1]]
+        rows = [{"name": side.name, **count(side)} for side in sides]
+        return {"rows": rows, "memory": memory_by_length(setup)}
+
+
+# The report
+
+
+def cells(row: dict) -> list[str]:
+    def spread(values, scale=1.0):
+        return "{:.3g} ({:.3g} to {:.3g})".format(*(scale * v for v in values)) if values else "-"
+
+    return [
+        row["name"],
+        spread(row.get("seconds"), 1e3),
+        spread(row.get("ratio")),
+        " / ".join(f"{n:.3g}" for n in row["rows"]),
+        f"{row['gflop']:.4g}",
+        f"{row['grown_gb']:.3g}",
+        f"{row['peak_gb']:.3g}",
+    ]
+
+
+def tables(results: dict) -> str:
+    """What was found, in Markdown."""
+    text = "\n"
+    for title, part in results.items():
+        lines = [HEADS, ["---"] * len(HEADS), *map(cells, part["rows"])]
+        text += f"## {title}\n\n"
+        text += "".join(f"| {' | '.join(line)} |\n" for line in lines)
+        text += f"\n{part['versions']}"
+        if "seconds" in part["rows"][0]:
+            text += f"; {part['rounds']} rounds; load at the start {part['load']:.2f}"
+        text += ".\n\n"
+    return text
+
+
+def draw_memory(memory: dict, path: Path) -> None:
+    """Peak memory against T: what was counted, and the line through it up to T = 20."""
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axis, T = figure.subplots(), memory["T"]
+    for name, style in IN_FIGURE.items():
+        peak = memory["peak_gb"][name]
+        slope, start = np.polyfit(T, peak, 1)
+        value = f"{slope:.2g} GB a step" if slope > 0.01 * peak[0] else f"{peak[0]:.2g} GB"
+        size = 9 if "x" in style else 6
+        axis.plot(T, peak, style[:2], label=f"{name}: {value}", markersize=size)
+        line = [slope * end + start for end in (T[0], 20)]
+        axis.plot((T[0], 20), line, style[0] + style[2:], linewidth=1)
+    axis.axhline(100, color="0.6", linewidth=1)
+    paper = 'the paper on whole chains: "more than 100 GB"'
+    axis.text(2, 100, paper, fontsize=8, color="0.3", va="bottom")
+    axis.set(xlabel="T, steps of the chain", ylabel="peak memory in training (GB)")
+    axis.set(title="SD 1.5, one pair, counted", xticks=range(2, 21, 2), ylim=(0, None))
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(0, 0.92))
+    figure.savefig(path, dpi=110)
+
+
+def machine_name() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    file = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.*)", file.read_text()) if file.exists() else []
+    name = names[0] if names else platform.machine()
+    return f"{name.strip()}, {torch.get_num_threads()} threads"
+
+
+def write(results: dict, out: Path) -> None:
+    """The numbers, and beside them their figure, and their tables in the page."""
+    run_folder.save_json(out, results)
+    page = out.with_suffix(".md")
+    text = page.read_text() if page.exists() else MARK + MARK
+    before, _, after = text.split(MARK)
+    run_folder.save_text(page, before + MARK + tables(results) + MARK + after)
+    for memory in (part["memory"] for part in results.values() if "memory" in part):
+        draw_memory(memory, out.with_suffix(".png"))
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m sd.bench_cost",
+        description=__doc__.splitlines()[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    positive = options.positive(int)
+    parser.add_argument("--rounds", type=positive, default=7, help="timed rounds of each race")
+    parser.add_argument("--out", type=Path, default=RESULTS / "cost.json", help="a JSON file")
+    args, machine, cuda = parser.parse_args(argv), machine_name(), torch.cuda.is_available()
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
+    print(f"{machine}: times mean something only while nothing else runs on it.")
+    print(*HEADS, sep="  ")
+
+    parts = {f"Emoji model, 4 pairs in a batch, T = 10: {machine}": partial(emoji, args.rounds)}
+    if cuda:
+        parts[f"SD 1.5, 1 pair in a batch, T = 4: {machine}"] = partial(sd15_timed, args.rounds)
+    else:
+        parts["SD 1.5, 1 pair in a batch, T = 2: counted"] = sd15_counted
+    results = run_folder.read_json(args.out) if args.out.exists() else {}
+    versions = f"torch {torch.__version__}, diffusers {diffusers.__version__}"
+    common = {"versions": versions, "rounds": args.rounds, "load": os.getloadavg()[0]}
+    torch.manual_seed(0)
+    for title, measure_part in parts.items():
+        results[title] = {**common, **measure_part()}
+        write(results, args.out)
+    print(f"{args.out}, and beside it .md and .png")
+
+
+if __name__ == "__main__":
+    main()

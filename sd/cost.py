@@ -1,0 +1,78 @@
+"""What a run will cost, before it starts: passes of the UNet, labels, and memory."""
+
+import math
+from argparse import Namespace
+from typing import NamedTuple
+
+from sd.model import Model
+
+# What autograd holds in SD 1.5's UNet, in maps of its first block, by gradient checkpointing
+ACTIVATION_MAPS = {False: 362, True: 90}
+
+
+class Cost(NamedTuple):
+    """Made by `estimate`. Rows are images in a batch of the UNet: a guided image has two."""
+
+    labels: int  # of an epoch, as are the next five
+    rows_sampled: int
+    rows_without_gradient: int
+    rows_with_gradient: int
+    calls: int  # of the UNet on one device
+    calls_eval: int  # of an evaluation of the held-out noises
+    lora_weights: int
+    memory_gb: float
+
+
+def estimate(model: Model, args: Namespace, processes: int) -> Cost:
+    """Count what an epoch of a run takes."""
+    unet, K, T = model.pipe.unet, args.images_per_prompt, args.num_steps
+    groups, batches = args.pairs_per_epoch, args.pairs_per_epoch // (args.batch_size * processes)
+    trained = 1 if args.loss == "eq12" else T - args.skip_last
+    without_gradient = []  # steps of each pass
+    if args.reference == "initial":
+        without_gradient.append(T)
+    if args.loss == "chain":
+        without_gradient.append(trained)
+    checks = T if args.reference == "initial" else 2 * T  # the metrics of one batch
+
+    rows = groups * K * (1 if args.guidance_scale == 1 else 2)
+    lora = sum(p.numel() for p in model.lora)
+    weights = sum(
+        p.numel() * p.element_size() for part in (unet, model.pipe.vae) for p in part.parameters()
+    )
+    first_map = unet.config.sample_size**2 * unet.config.block_out_channels[0]
+    maps = ACTIVATION_MAPS[args.gradient_checkpointing] * args.batch_size * rows // groups
+    memory = weights + 12 * lora + maps * first_map * unet.dtype.itemsize
+
+    def rows_of(passes: list[int]) -> int:  # the first step of a group is one pass for all
+        return rows * sum(passes) - (rows - rows // K) * len(passes)
+
+    return Cost(
+        labels=groups if args.objective == "tags" else groups * K * (K - 1) // 2,
+        rows_sampled=rows_of([T]),
+        rows_without_gradient=rows_of(without_gradient),
+        rows_with_gradient=rows * trained,
+        calls=batches * (T + sum(without_gradient) + trained) + checks,
+        calls_eval=math.ceil(args.eval_images / (args.batch_size * K)) * T,
+        lora_weights=lora,
+        memory_gb=memory / 1e9,
+    )
+
+
+def describe(cost: Cost, model: Model, args: Namespace) -> str:
+    """The start-up lines of a run: model, objective, cost, and what beta means."""
+    device = str(model.pipe.unet.device)
+    if not device.startswith("cuda"):
+        device += ", as there is no CUDA GPU"
+    D = math.prod(model.latent_shape)
+    return (
+        f"{args.model} on {device}; {args.precision}; "
+        f"LoRA rank {args.lora_rank}: {cost.lora_weights / 1e6:.2f} M weights.\n"
+        f"Objective {args.objective}. An epoch: {args.pairs_per_epoch} groups of "
+        f"{args.images_per_prompt} images, {cost.labels} labels;\n"
+        f"UNet evaluations: {cost.rows_sampled:,} to sample, {cost.rows_without_gradient:,} "
+        f"without and {cost.rows_with_gradient:,} with gradient to train.\n"
+        f"beta {args.beta:.3g} per nat of a step's log-ratio, a sum over {D:,} latent elements;\n"
+        f"as {args.beta * D:.3g} for their mean, which the released code takes. "
+        f"Memory: about {cost.memory_gb:.1f} GB."
+    )

@@ -1,0 +1,182 @@
+"""Where labels come from: a scorer or people; and the blind test of the paper's Fig. 7."""
+
+import itertools
+from argparse import Namespace
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from sd import run_folder
+from sd.annotate import AnnotationServer
+from sd.labels import Label, LabelError, pareto_preference, read_labels
+from sd.metrics import EvalResult, win_rate
+from sd.model import Batch
+from sd.scorers import load_scorers
+
+PIXEL_TOLERANCE = 4  # mean difference, of 255, up to which an image sampled again is the same
+
+
+class ScorerFeedback:
+    """Labels by the scorers of --objective; --watch is only reported.
+
+    Raises ValueError, in a sentence for the user, for scorers that cannot be loaded.
+    """
+
+    def __init__(self, args: Namespace, prompts: list[str], accelerator: Accelerator):
+        self.args, self.accelerator = args, accelerator
+        options = {
+            "clip": args.clip_model,
+            "head": args.aesthetic_head,
+            "device": accelerator.device,
+        }
+        self.scorers = self.load(args.objective, prompts, options)
+        self.watch = load_scorers(args.watch, prompts, **options)[0] if args.watch else None
+
+    def load(self, objective: str, prompts: list[str], options: dict) -> list:
+        return load_scorers(objective, prompts, **options)
+
+    def label(self, batches: list[Batch], epoch: int) -> list[list[Label]]:
+        """The labels of each batch (Alg. 1 lines 12-22).
+
+        When this returns, those of all processes are in labels.jsonl, and the images are kept.
+        """
+        asked = [self.compare(batch, epoch) for batch in batches]
+        for batch in batches:
+            for image, file in zip(batch.images, batch.files, strict=True):
+                self.save_image(image, self.args.out / file)
+        rows = gather_object([label.row for labels in asked for label in labels])
+        is_main = self.accelerator.is_main_process
+        (rows,) = broadcast_object_list([self.collect_labels(rows) if is_main else None])
+        own = len(rows) // self.accelerator.num_processes
+        answered = iter(rows[self.accelerator.process_index * own :])
+        return [[label._replace(row=next(answered)) for label in labels] for labels in asked]
+
+    def compare(self, batch: Batch, epoch: int) -> list[Label]:
+        """All comparisons inside the groups of a batch, with scores and h."""
+        scores = self.scores(batch.images, batch.prompts)
+        pairs = [pair for group in batch.groups for pair in itertools.combinations(group, 2)]
+        first, second = (list(side) for side in zip(*pairs, strict=True))
+        h = pareto_preference(scores[:, first], scores[:, second]).tolist()
+        values = scores.T.tolist() if len(scores) > 1 else scores[0].tolist()
+        return [
+            question(batch, epoch, chains, scores=[values[k] for k in chains], h=answer)
+            for chains, answer in zip(pairs, h, strict=True)
+        ]
+
+    def collect_labels(self, rows: list[dict]) -> list[dict]:
+        run_folder.append(self.args.out / "labels.jsonl", rows)
+        return rows
+
+    def save_image(self, image: Image.Image, file: Path) -> None:
+        image.save(file)
+
+    def evaluate(self, images: list[Image.Image], prompts: list[str]) -> EvalResult:
+        watched = sum(self.watch(images, prompts)) / len(images) if self.watch else None
+        return EvalResult(images, prompts, self.scores(images, prompts), watched)
+
+    def scores(self, images: list[Image.Image], prompts: list[str]) -> Tensor:
+        """(S, N), float64: scores as the S scorers gave them."""
+        rows = [torch.tensor(score(images, prompts), dtype=torch.float64) for score in self.scorers]
+        return torch.stack(rows) if rows else torch.empty(0, len(images))
+
+    def status(self, text: str) -> None:
+        """What people see while there is no question."""
+
+    def close(self) -> None:
+        """The run has ended."""
+
+
+class HumanFeedback(ScorerFeedback):
+    """Labels by people on a page: --objective human (which of two?) or tags (which are bad?)."""
+
+    server: AnnotationServer | None = None
+
+    def load(self, objective: str, prompts: list[str], options: dict) -> list:
+        return []
+
+    def compare(self, batch: Batch, epoch: int) -> list[Label]:
+        """Questions: comparisons without an answer."""
+        if self.args.objective == "tags":
+            return [question(batch, epoch, group, bad=None) for group in batch.groups]
+        pairs = [pair for group in batch.groups for pair in itertools.combinations(group, 2)]
+        return [question(batch, epoch, pair, h=None) for pair in pairs]
+
+    def collect_labels(self, rows: list[dict]) -> list[dict]:
+        args = self.args
+        self.server = self.server or AnnotationServer(
+            args.out, args.annotators, args.seed, port=args.port
+        )
+        answered = self.server.ask(rows)
+        if args.annotators > 1:
+            kappa = self.server.kappa
+            tqdm.write(f"Agreement of the {args.annotators} annotators: Fleiss' kappa {kappa:.2f}")
+        return answered
+
+    def save_image(self, image: Image.Image, file: Path) -> None:
+        """Save an image. One that people may have judged is not replaced by another: LabelError."""
+        if not file.exists():
+            return image.save(file)
+        difference = np.asarray(image, float) - np.asarray(Image.open(file), float)
+        if (change := np.abs(difference).mean()) > PIXEL_TOLERANCE:
+            raise LabelError(
+                f"{file} cannot be sampled again as people saw it (pixels differ by {change:.0f} "
+                "of 255): go on with the machine that made it, or delete it and its labels"
+            )
+
+    def status(self, text: str) -> None:
+        if self.server:
+            self.server.status(text)
+
+    def close(self) -> None:
+        if self.server:
+            self.server.close()
+
+
+def question(batch: Batch, epoch: int, chains: list[int], *, scores=None, **answer) -> Label:
+    """A comparison of images of one prompt, as labels.jsonl has it."""
+    row = {
+        "epoch": epoch,
+        "prompt": batch.prompts[chains[0]],
+        "images": [batch.files[k] for k in chains],
+        "scores": scores,
+        **answer,
+    }
+    return Label(list(chains), row)
+
+
+def blind_test(
+    feedback: HumanFeedback, tuned: EvalResult, initial: EvalResult, *, epoch: int
+) -> dict:
+    """People compare tuned and initial model without knowing which is which (Fig. 7).
+
+    RUN/blind_eEPOCH keeps images and answers: a second start goes on where the first one stopped.
+    """
+    args = feedback.args
+    folder = args.out / f"blind_e{epoch:03}"
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    questions = []
+    for n, prompt in enumerate(tuned.prompts):
+        files = [f"images/{name}_{n:03}.png" for name in ("tuned", "initial")]
+        for result, file in zip((tuned, initial), files, strict=True):
+            feedback.save_image(result.images[n], folder / file)
+        questions.append(
+            {"epoch": epoch, "prompt": prompt, "images": files, "scores": None, "h": None}
+        )
+    server = AnnotationServer(folder, args.annotators, args.seed, port=args.port)
+    h = torch.tensor([row["h"] for row in server.ask(questions)])
+    server.close()
+    answers = read_labels(server.file, questions).values()
+    votes = [[vote for vote in of_one.values() if vote is not None] for of_one in answers]
+    majorities = [2 * of_one.count(1) > len(of_one) for of_one in votes]
+    return {
+        "annotators": args.annotators,
+        "votes": sum(map(len, votes)),
+        **win_rate(h),
+        "more_than_half_of_votes": sum(majorities) / len(majorities),
+    }

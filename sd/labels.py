@@ -1,0 +1,217 @@
+"""Labels: which images of one prompt are better, as people or scorers say (Alg. 1 lines 12-22).
+
+The label file. A run keeps every label in RUN/labels.jsonl, one JSON object a line: a comparison of
+two images, or tags of a group of K (Sec. 5.2).
+
+    {"epoch": 3, "prompt": "a cat", "images": ["images/e003_p01_k0.png", "images/e003_p01_k1.png"],
+     "scores": [-1.8, -2.4], "h": 1}
+    {"epoch": 3, "prompt": "a dog", "images": [K names], "scores": null, "bad": [false, true, ...]}
+
+    epoch      whole number: the epoch that sampled the images
+    prompt     text: the prompt of all these images
+    images     files, relative to the run's folder
+    scores     what the scorer gave each image, higher is better (a list for each image where there
+               are several scorers); null where people judge
+    h          +1: the first image is better; -1: the second; 0: neither; null: skipped
+    bad        in place of h: for each image whether it is bad; null: skipped
+    annotator  who answered; where it is missing, one person without a name
+    left       for h: which of the two images stood on the left of the page, 0 or 1
+
+`scores`, `annotator` and `left` may be missing. The file only grows: of several lines about the
+same images by the same person the last counts, so a correction is one more line. The images may
+stand in another order than the question has them; `h` and `bad` follow the order of their own line.
+
+Labels of other tools. While people are asked, RUN/questions.jsonl has the questions of the epoch:
+lines as above whose answer is null. Any tool may add such lines, with answers, to RUN/labels.jsonl
+while no run is at work; --resume RUN then trains without opening a page. A line that cannot be
+understood stops the run with its number, before anything is trained. Passed over are lines of
+earlier epochs, and a last line without its end, which a kill cut short.
+
+Several people. Each question waits for as many answers as there are annotators; `majority` decides,
+and `fleiss_kappa` says how far they agree.
+"""
+
+import json
+import math
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+import d3po
+
+
+class LabelError(ValueError):
+    """Labels cannot be had: a labels.jsonl with a flaw, or no page to ask people on."""
+
+
+class Label(NamedTuple):
+    """A comparison of images of one batch."""
+
+    chains: list[int]  # rows of the batch that the images came from, in the order of row["images"]
+    row: dict  # line of labels.jsonl
+
+
+def pareto_preference(scores_a: Tensor, scores_b: Tensor) -> Tensor:
+    """Labels h by several scores at once: better is who is worse in none and better in one.
+
+    scores_a, scores_b (S, N): S scores of the first and of the second image of N pairs. Returns
+    h (N,): +1, -1, or 0 where neither is better. For S = 1 this is `d3po.preference`.
+    """
+    each = [d3po.preference(a, b) for a, b in zip(scores_a, scores_b, strict=True)]
+    h = torch.stack(each)  # (S, N)
+    first = (h >= 0).all(0) & (h > 0).any(0)
+    second = (h <= 0).all(0) & (h < 0).any(0)
+    return first.long() - second.long()
+
+
+def pairs_from_labels(labels: list[Label]) -> Tensor:
+    """Rows (winner, loser) (P, 2) of a batch, int64, for the losses of d3po.py.
+
+    Ties give no row; of tags every good image beats every bad one of its group.
+    Paper: Alg. 1 lines 12-22; tags: Sec. 5.2.
+    """
+    pairs = [torch.empty(0, 2, dtype=torch.long)]
+    for chains, row in labels:
+        if answer_field(row) == "bad":
+            inside = d3po.pairs_from_tags(torch.tensor([row["bad"]]))
+        else:
+            inside = d3po.pairs_from_feedback(torch.tensor([row["h"]]))
+        pairs.append(torch.tensor(chains)[inside])
+    return torch.cat(pairs)
+
+
+def answer_field(question: dict) -> str:
+    """The key of the answer: "bad" for tags of a group, "h" for a pair."""
+    return "bad" if "bad" in question else "h"
+
+
+def validate_answer(question: dict, answer) -> str | None:
+    """What is wrong with an answer, as JSON gave it, in a sentence; None if good or a skip."""
+    field = answer_field(question)
+    if answer is None:
+        return None
+    if field == "h":
+        valid = type(answer) is int and answer in (1, -1, 0)
+        wanted = "1, -1, 0"
+    else:
+        K = len(question["images"])
+        valid = isinstance(answer, list) and [type(bad) for bad in answer] == [bool] * K
+        wanted = f"a list of {K} booleans"
+    return None if valid else f"'{field}' is {answer!r:.60}: give {wanted} or null"
+
+
+def read_labels(file: Path, questions: list[dict]) -> dict[tuple, dict]:
+    """The answers to questions of one epoch in a label file, each checked.
+
+    questions: lines of the file whose answer is null. Returns, for the images of each question as a
+    tuple, {annotator, or None without a name: h, or bad, or None where skipped}. Raises LabelError,
+    with file and line number, for a line that cannot be understood.
+    """
+    by_images = {frozenset(question["images"]): question for question in questions}
+    answers = {tuple(question["images"]): {} for question in questions}
+    for number, line in enumerate(whole_lines(file).split(b"\n")[:-1], 1):
+        try:
+            row = parse_line(line)
+            if row["epoch"] < questions[0]["epoch"]:
+                continue  # it was checked when its epoch was
+            question = find_question(row, by_images)
+            answer = parse_answer(row, question)
+        except ValueError as error:
+            raise LabelError(f"{file}, line {number}: {error}") from error
+        answers[tuple(question["images"])][row.get("annotator")] = answer
+    return answers
+
+
+def whole_lines(file: Path) -> bytes:
+    """A file up to its last line end: what a kill cut short is left out. Empty without a file."""
+    content = file.read_bytes() if file.exists() else b""
+    return content[: content.rfind(b"\n") + 1]
+
+
+def parse_line(line: bytes) -> dict:
+    """A line of the file, with the fields that every line has. Raises ValueError otherwise."""
+    try:
+        row = json.loads(line.decode())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"this is not JSON ({error})") from error
+    if not isinstance(row, dict):
+        raise ValueError('this is not a JSON object such as {"epoch": 3, ...}')
+    for field, kind in {"epoch": int, "prompt": str, "images": list}.items():
+        if field not in row:
+            raise ValueError(f"'{field}' is missing")
+        if type(row[field]) is not kind:
+            raise ValueError(f"'{field}' is {row[field]!r:.60}, which is no {kind.__name__}")
+    return row
+
+
+def find_question(row: dict, by_images: dict[frozenset, dict]) -> dict:
+    """The question that a line answers. Raises ValueError where there is none."""
+    images, question = row["images"], None
+    if all(isinstance(image, str) for image in images):
+        question = by_images.get(frozenset(images))
+    asked = question is not None and len(images) == len(question["images"])
+    if not asked or row["epoch"] != question["epoch"]:
+        raise ValueError(f"epoch {row['epoch']} asks nothing about the images {images!r:.200}")
+    if row["prompt"] != question["prompt"]:
+        expected = f"these images are of {question['prompt']!r}"
+        raise ValueError(f"the prompt is {row['prompt']!r:.60}, but {expected}")
+    return question
+
+
+def parse_answer(row: dict, question: dict) -> int | list[bool] | None:
+    """The answer of a line, turned to the order of the question's images. Raises ValueError."""
+    field = answer_field(question)
+    if field not in row:
+        raise ValueError(f"'{field}' is missing")
+    answer, annotator = row[field], row.get("annotator")
+    if problem := validate_answer(question, answer):
+        raise ValueError(problem)
+    if not isinstance(annotator, str | None):
+        raise ValueError(f"'annotator' is {annotator!r:.60}, which is no name")
+    if answer is None or row["images"] == question["images"]:
+        return answer
+    if field == "h":
+        return -answer
+    return [answer[row["images"].index(image)] for image in question["images"]]
+
+
+def majority(question: dict, answers: list) -> int | list[bool]:
+    """What several people say together.
+
+    h is what most gave, and 0 in a draw; an image is bad where more than half say so. Who skipped
+    (None) has no vote; where all did, there is no preference: 0, or no image bad.
+    """
+    votes = [answer for answer in answers if answer is not None]
+    if answer_field(question) == "bad":
+        images = range(len(question["images"]))
+        return [2 * sum(vote[k] for vote in votes) > len(votes) for k in images]
+    ranked = Counter(votes).most_common()
+    if not ranked or (len(ranked) > 1 and ranked[0][1] == ranked[1][1]):
+        return 0
+    return ranked[0][0]
+
+
+def fleiss_kappa(votes: list[list]) -> float:
+    """Fleiss' kappa of two annotators or more: 1 is full agreement, 0 what chance would give.
+
+        kappa = (agreement - expected_agreement) / (1 - expected_agreement)
+
+    agreement: the share of pairs of votes on one item that agree, averaged over items;
+    expected_agreement: the sum of squared shares of the answers. votes: for each item the votes it
+    was given; an item with fewer than two does not count. NaN where all votes are the same. This is
+    not Cohen's kappa, as nothing says that the same people answered every question.
+    """
+    counts = [Counter(item) for item in votes if len(item) > 1]
+    answers = sum(counts, Counter())
+    if len(answers) < 2:
+        return math.nan
+    expected_agreement = sum(n * n for n in answers.values()) / answers.total() ** 2
+    agreeing = [
+        sum(n * (n - 1) for n in item.values()) / (item.total() * (item.total() - 1))
+        for item in counts
+    ]
+    agreement = sum(agreeing) / len(counts)
+    return (agreement - expected_agreement) / (1 - expected_agreement)

@@ -1,0 +1,142 @@
+"""What labels, scores and log-probs say: accuracy, margin, KL, win rate, and a line to read."""
+
+import math
+import resource
+from typing import NamedTuple
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from sd.labels import pareto_preference
+
+KL_LIMIT = 30  # nats in the steps trained, about where the emoji model loses its animals
+
+
+class EvalResult(NamedTuple):
+    """N images of fixed prompts and noises, and what the scorers think of them."""
+
+    images: list[Image.Image]
+    prompts: list[str]
+    scores: Tensor  # (S, N) of the S scorers; (0, N) where people judge
+    watched: float | None  # mean of the scorer that is only reported
+
+    @property
+    def score(self) -> float | None:
+        """Mean of the first scorer."""
+        return self.scores[0].mean().item() if len(self.scores) else None
+
+    def as_row(self) -> dict:
+        """Under the names of metrics.jsonl."""
+        return {"eval_score": self.score, "watched": self.watched}
+
+
+def preference_metrics(log_ratio: Tensor, pairs: Tensor, beta: float) -> dict:
+    """Does a model prefer the winners, and do they gain probability, or do only losers lose it?
+
+    log_ratio (B,): log(pi_theta / pi_ref) of whole chains, nats. pairs (P, 2): (winner, loser).
+    Returns means over the pairs; None without a pair.
+    """
+    if len(pairs) == 0:
+        return dict.fromkeys(("accuracy", "margin", "log_ratio_winners", "log_ratio_losers"))
+    winners, losers = log_ratio.double()[pairs.T]
+    return {
+        "accuracy": (winners > losers).double().mean().item(),
+        "margin": beta * (winners - losers).mean().item(),
+        "log_ratio_winners": winners.mean().item(),
+        "log_ratio_losers": losers.mean().item(),
+    }
+
+
+def kl(log_ratio: Tensor, trained_steps: int) -> dict:
+    """Estimate of the KL of chains to the initial model, nats: of all steps, and of those trained.
+
+    log_ratio (T, B): log(pi_theta / pi_initial) of a policy's own chains.
+    """
+    return {
+        "kl": log_ratio.sum(0).mean().item(),
+        "kl_trained": log_ratio[:trained_steps].sum(0).mean().item(),
+    }
+
+
+def mean_score(rows: list[dict]) -> dict:
+    """Mean of the first scorer over the images of labels, and its standard error.
+
+    None where people gave the labels.
+    """
+    if rows[0]["scores"] is None:
+        return {"score": None, "score_sem": None}
+    by_image = {}
+    for row in rows:
+        by_image |= zip(row["images"], row["scores"], strict=True)
+    first = [score[0] if isinstance(score, list) else score for score in by_image.values()]
+    scores = torch.tensor(first, dtype=torch.float64)
+    return {"score": scores.mean().item(), "score_sem": standard_error(scores)}
+
+
+def standard_error(scores: Tensor) -> float:
+    return scores.std(correction=min(1, len(scores) - 1)).item() / len(scores) ** 0.5
+
+
+def win_rate(h: Tensor) -> dict:
+    """Share of comparisons h (N,) that the first wins, ties half, and its 95 % Wilson interval."""
+    n, z = len(h), 1.96
+    share = (h.double().mean().item() + 1) / 2
+    middle = share + z * z / (2 * n)
+    half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    interval = [end / (1 + z * z / n) for end in (middle - half, middle + half)]
+    return {"pairs": n, "win_rate": share, "win_rate_interval": interval}
+
+
+def win_rate_vs_reference(tuned: EvalResult, initial: EvalResult) -> dict:
+    """Tuned against initial model, image by image: their win rate, and each one's means."""
+    result = win_rate(pareto_preference(tuned.scores, initial.scores))
+    for name, found in (("initial", initial), ("tuned", tuned)):
+        result[name] = {
+            "score": found.score,
+            "score_sem": standard_error(found.scores[0]),
+            "watched": found.watched,
+        }
+    return result
+
+
+def eval_row(now: EvalResult | None, initial: EvalResult) -> dict:
+    """What metrics.jsonl says of held-out noises; None where they were not evaluated or scored."""
+    if now is None:
+        return dict.fromkeys(("eval_score", "eval_win_rate", "watched"))
+    won = win_rate_vs_reference(now, initial)["win_rate"] if len(now.scores) else None
+    return {"eval_score": now.score, "eval_win_rate": won, "watched": now.watched}
+
+
+def peak_memory_mb() -> float:
+    """The most that tensors took on the GPU so far, or the process in main memory, MB."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e6
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+
+
+def format_metrics(row: dict, epochs: int, initial: dict) -> str:
+    """A row of metrics.jsonl as a line to read, and a warning where the model seems to break."""
+    parts = [f"epoch {row['epoch']}/{epochs}"]
+    if row["score"] is not None:
+        parts.append(f"score {row['score']:.3f} ± {row['score_sem']:.3f}")
+    if row["eval_score"] is not None:
+        parts.append(f"held out {row['eval_score']:.3f} (initial {initial['eval_score']:.3f})")
+        parts.append(f"win rate {row['eval_win_rate']:.0%}")
+    if row["watched"] is not None:
+        parts.append(f"watched {row['watched']:.3f} (initial {initial['watched']:.3f})")
+    if row["accuracy"] is not None:
+        winners, losers = row["log_ratio_winners"], row["log_ratio_losers"]
+        parts.append(f"accuracy {row['accuracy']:.0%}")
+        parts.append(f"log-ratio of winners {winners:+.2f}, losers {losers:+.2f}")
+    parts.append(f"KL {row['kl']:.1f}, of it {row['kl_trained']:.1f} in the steps trained")
+    parts.append(f"{row['seconds_sample']:.0f} + {row['seconds_train']:.0f} s")
+    if row["skipped"]:
+        parts.append(f"{row['skipped']} updates skipped, their gradient overflowed")
+    if (row["log_ratio_winners"] or 0) < 0:
+        remedy = "try a larger --beta or a smaller --lr"
+        parts.append(f"WARNING: winners lose probability too; {remedy}")
+    if row["kl_trained"] > KL_LIMIT:
+        warning = f"KL to the initial model above {KL_LIMIT} nats; look at progress.png"
+        parts.append(f"WARNING: {warning}")
+    return "; ".join(parts)

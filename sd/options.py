@@ -1,0 +1,231 @@
+"""The command line of sd_demo.py: flags, presets, and in one place which of them counts.
+
+What was typed comes first, then the recipe, then the presets for people, then those of the model,
+then the defaults. With --resume or --evaluate it is what was typed, then what the run has.
+"""
+
+import argparse
+import math
+import shlex
+import sys
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+
+import torch
+
+from sd import run_folder
+from sd.model import DTYPES
+from sd.scorers import AESTHETIC_HEAD, CLIP
+
+SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+EMOJI = run_folder.ROOT / "toy" / "emoji_sd"
+
+# What measured best on the emoji model
+EMOJI_PRESETS = """
+    --epochs 24 --pairs-per-epoch 4 --images-per-prompt 8 --batch-size 4 --num-steps 10
+    --guidance-scale 1 --lr 1.5e-3 --beta 0.06 --no-gradient-checkpointing
+    --eval-images 90 --eval-every 4
+"""
+# Sec. 5.2's reference, and no more questions than a person answers
+HUMAN_PRESETS = {
+    "human": "--epochs 10 --pairs-per-epoch 16 --images-per-prompt 2 --reference previous",
+    "tags": "--epochs 10 --pairs-per-epoch 8 --images-per-prompt 7 --reference previous",
+}
+# Table 2 and Sec. 5.1 (4 GPUs, 2 batches of 10 pairs each), and what the released code adds
+PAPER_RECIPE = """
+    --epochs 400 --pairs-per-epoch 80 --images-per-prompt 2 --batch-size 10 --num-steps 20
+    --eta 1 --guidance-scale 5 --loss eq14 --clip 0.1 --reference initial --skip-last 0
+    --update-every trajectory --lr 3e-5 --weight-decay 1e-4 --max-grad-norm 1
+"""
+PAPER_BETA = 0.1  # of the mean over the D latent elements: 0.1 / D of the sum
+UNSAVED_FLAGS = {"out", "resume", "evaluate", "dry_run", "port"}  # of one start, not of the run
+
+
+def positive(kind: type):
+    """A positive and finite number, for argparse."""
+
+    def parse_number(text: str):
+        value = kind(text)
+        if not 0 < value < math.inf:
+            raise argparse.ArgumentTypeError(f"{text}: give a positive number")
+        return value
+
+    parse_number.__name__ = kind.__name__
+    return parse_number
+
+
+def build_parser() -> tuple[ArgumentParser, dict]:
+    """The flags, and their defaults. The parser itself gives only what was typed."""
+    parser = ArgumentParser(
+        prog="sd_demo.py",
+        usage="%(prog)s --objective OBJECTIVE [flags]   (--help lists the flags)",
+        description="D3PO on Stable Diffusion, with LoRA; labels from a score or from people.",
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    defaults = {}
+
+    def flags(title: str):
+        group = parser.add_argument_group(title)
+
+        def add(flag: str, default=None, *, help: str, **options):
+            shown = "" if default is None else f" (default: {default})"
+            defaults[group.add_argument(flag, help=help + shown, **options).dest] = default
+
+        return add
+
+    count, number, cuda = positive(int), positive(float), torch.cuda.is_available()
+    objectives = (
+        "compressibility, incompressibility, aesthetic, alignment, or FILE.py:FUNCTION of (images, "
+        "prompts) -> scores; several with commas: better is who is worse in none and better in "
+        "one. Or ask people on a page: human (which of two is better?), tags (which are bad?)"
+    )
+    add = flags("what to learn")
+    add("--objective", help=objectives)
+    add("--watch", help="a scorer that is only reported, as above")
+    add("--annotators", 1, type=count, help="people who answer each question of human and tags")
+    add("--port", type=int, help="of their page; by default the first free one from 7860")
+    add("--prompts", "animals", help="animals, hand, unsafe (App. C), or a file, one prompt a line")
+    add("--clip-model", CLIP, help="of aesthetic and alignment: hub id or folder")
+    add("--aesthetic-head", AESTHETIC_HEAD, help="state dict of its linear layers: URL or file")
+
+    add = flags("sampling")
+    where = "SD 1.5 where there is CUDA, else the bundled emoji model"
+    add("--model", help=f"hub id or folder of a StableDiffusionPipeline; by default {where}")
+    add("--epochs", 50, type=count, help="times that images are sampled and trained on")
+    add("--pairs-per-epoch", 8, type=count, help="groups of images, each of one prompt and x_T")
+    size = "size K of a group: 2 for pairs; K(K-1)/2 labels"
+    add("--images-per-prompt", 4, type=int, metavar="K", help=size)
+    add("--batch-size", 1, type=count, help="groups at a time on each device, and in an update")
+    add("--num-steps", 20, type=count, help="T, denoising steps")
+    add("--eta", 1.0, type=number, help="DDIM's noise scale, above 0 and at most 1")
+    add("--guidance-scale", 5.0, type=number, help="of classifier-free guidance")
+
+    add = flags("the method")
+    recipes = "paper: defaults of Table 2 and the release"
+    add("--recipe", "default", choices=["default", "paper"], help=recipes)
+    losses = "Eq. 14, Eq. 12, or Eq. 5 on whole chains"
+    add("--loss", "eq14", choices=["eq14", "eq12", "chain"], help=losses)
+    add("--beta", 0.05, type=number, help="strength of the KL, per nat of a summed log-prob")
+    add("--clip", type=number, help="clamp pi_theta / pi_ref to 1 +- this")
+    references = "the initial model, or the one that sampled"
+    add("--reference", "initial", choices=["initial", "previous"], help=references)
+    skipped = "do not train the last N steps: their sigma is tiny"
+    add("--skip-last", 2, type=int, metavar="N", help=skipped)
+    updates = "update the weights at each step's loss, or once after the last"
+    add("--update-every", "timestep", choices=["timestep", "trajectory"], help=updates)
+    add("--lr", 3e-4, type=number, help="AdamW's first step size; it falls to 0 as a cosine")
+    add("--weight-decay", 1e-4, type=float, help="of AdamW")
+    add("--max-grad-norm", 1.0, type=number, help="gradients are clipped to this norm")
+    add("--lora-rank", 16, type=count, help="of the LoRA on queries, keys and values")
+
+    add = flags("the machine")
+    precision = "fp16" if cuda else "fp32"
+    add("--precision", precision, choices=list(DTYPES), help="of all but the LoRA and log-probs")
+    on_off = argparse.BooleanOptionalAction
+    add("--gradient-checkpointing", True, action=on_off, help="less memory, a third more time")
+
+    add = flags("the run")
+    add("--eval-images", 45, type=count, help="held-out noises, the prompts in turn")
+    add("--eval-every", 5, type=count, help="epochs from one evaluation of them to the next")
+    add("--seed", 0, type=int, help="of everything")
+    add("--out", type=Path, help="a new run folder; by default runs/OBJECTIVE-1, -2, ...")
+    add("--resume", type=Path, metavar="RUN", help="go on with a run, from its last whole epoch")
+    evaluation = "tuned against initial model on noises that no training saw"
+    add("--evaluate", type=Path, metavar="RUN", help=evaluation)
+    plan = "check everything, print the plan, train nothing"
+    add("--dry-run", False, action="store_true", help=plan)
+    return parser, defaults
+
+
+def parse(argv: list[str] | None = None) -> tuple[ArgumentParser, Namespace]:
+    """The settings of a run. Exits with a sentence where they cannot be meant."""
+    parser, defaults = build_parser()
+    typed = vars(parser.parse_args(argv))
+    try:
+        if "resume" in typed or "evaluate" in typed:
+            settings = {**defaults, **saved_settings(typed, defaults), **typed}
+        else:
+            settings = {**defaults, **presets(parser, typed), **typed}
+            words = ["python", "sd_demo.py", *(sys.argv[1:] if argv is None else argv)]
+            settings["command"] = shlex.join(words)
+        args = Namespace(**settings)
+        check(args)
+    except ValueError as error:
+        parser.error(str(error))
+    return parser, args
+
+
+def presets(parser: ArgumentParser, typed: dict) -> dict:
+    """What the model, people and the recipe set, in this order."""
+
+    def settings_of(flags: str) -> dict:
+        return vars(parser.parse_args(flags.split()))
+
+    model = typed.get("model", SD15 if torch.cuda.is_available() else str(EMOJI))
+    settings = {"model": model}
+    if Path(model).resolve() == EMOJI:
+        settings |= settings_of(EMOJI_PRESETS)
+        if typed.get("prompts", "animals") == "animals":  # its classifier knows no other
+            settings["watch"] = f"{EMOJI / 'classifier.py'}:recognised"
+    settings |= settings_of(HUMAN_PRESETS.get(typed.get("objective"), ""))
+    if typed.get("recipe") == "paper":
+        settings |= {**settings_of(PAPER_RECIPE), "beta": None}
+    return settings
+
+
+def saved_settings(typed: dict, defaults: dict) -> dict:
+    """The settings of the run to resume or evaluate. Raises ValueError for a flag that differs."""
+    folder = typed.get("resume") or typed["evaluate"]
+    saved = run_folder.load_settings(folder, defaults.keys() - UNSAVED_FLAGS | {"command"})
+    fixed = saved.keys() - {"epochs"} if "resume" in typed else {"model", "lora_rank"}
+    changed = [
+        f"--{name.replace('_', '-')} {saved[name]}"
+        for name in sorted(fixed & typed.keys())
+        if typed[name] != saved[name]
+    ]
+    if changed:
+        flags = ", ".join(changed)
+        raise ValueError(f"{folder} was started with {flags}: give the same, or a new run")
+    return {**saved, "out": folder}
+
+
+def check(args: Namespace) -> None:
+    """Raise ValueError, in a sentence for the user, for settings that cannot be meant."""
+    new_run = not args.resume and not args.evaluate
+    problems = {
+        "--objective: say what to learn, such as --objective compressibility": not args.objective,
+        f"--images-per-prompt {args.images_per_prompt}: a preference needs 2 or more": (
+            args.images_per_prompt < 2
+        ),
+        f"--skip-last {args.skip_last}: some of the --num-steps {args.num_steps} must be left": (
+            not 0 <= args.skip_last < args.num_steps
+        ),
+        f"--clip {args.clip}: give a number below 1": args.clip and args.clip >= 1,
+        "--loss chain has one loss for a chain: give --update-every trajectory, and no --clip": (
+            args.loss == "chain" and (args.clip or args.update_every == "timestep")
+        ),
+        "--precision fp16 needs a CUDA GPU: give fp32 or bf16": (
+            args.precision == "fp16" and not torch.cuda.is_available()
+        ),
+        f"--seed {args.seed}: give a number from 0 to 2^63 - 1": not 0 <= args.seed < 2**63,
+        f"--out {args.out} exists: give a new folder, or --resume it": (
+            new_run and args.out and args.out.exists()
+        ),
+    }
+    for message, wrong in problems.items():
+        if wrong:
+            raise ValueError(message)
+
+
+def eval_epochs(args: Namespace) -> set[int]:
+    """When the held-out noises are evaluated; 0 is before training."""
+    return {*range(0, args.epochs, args.eval_every), args.epochs}
+
+
+def check_batches(args: Namespace, processes: int) -> None:
+    """Raise ValueError where the groups of an epoch do not fill whole batches on all processes."""
+    across = args.batch_size * processes
+    if args.pairs_per_epoch % across:
+        message = f"give a multiple of {across}, as many as are trained on together"
+        raise ValueError(f"--pairs-per-epoch {args.pairs_per_epoch}: {message}")

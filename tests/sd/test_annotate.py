@@ -1,0 +1,838 @@
+"""The labelling page: its requests over a real socket, and people with a browser."""
+
+import contextlib
+import http.client
+import json
+import os
+import random
+import resource
+import shutil
+import socket
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from pathlib import Path
+from typing import NamedTuple
+from urllib.parse import quote, urlsplit
+
+import pytest
+from PIL import Image
+
+from sd import annotate
+from sd.prompts import PROMPTS
+from sd.run_folder import ROOT
+
+WAIT = 120  # seconds that nothing here should take, even where the machine is busy
+AS_JSON = {"Content-Type": "application/json"}
+
+
+class Reply(NamedTuple):
+    status: int
+    headers: http.client.HTTPMessage
+    body: bytes
+
+    def json(self):
+        return json.loads(self.body)
+
+
+def request(port: int, method: str, path: str, body=None, headers=None) -> Reply:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=WAIT)
+    with contextlib.closing(connection):
+        connection.request(method, path, body, headers or {})
+        reply = connection.getresponse()
+        return Reply(reply.status, reply.headers, reply.read())
+
+
+def post_answer(port: int, question: str, answer, name: str | None = None) -> Reply:
+    body = json.dumps({"id": question, "answer": answer, "name": name})
+    return request(port, "POST", "/answer", body, AS_JSON)
+
+
+def open_questions(port: int, name: str | None = None) -> list[dict]:
+    query = f"?name={quote(name)}" if name else ""
+    state = request(port, "GET", f"/state{query}").json()
+    return [question for question in state["questions"] if not question["answered"]]
+
+
+def until(condition):
+    end = time.monotonic() + WAIT
+    while not (found := condition()):
+        assert time.monotonic() < end, "it took too long"
+        time.sleep(0.02)
+    return found
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return probe.getsockname()[1]
+
+
+def is_serving(port: int) -> bool:
+    try:
+        return request(port, "GET", "/").status == 200
+    except OSError:
+        return False
+
+
+def make_questions(run: Path, kind: str = "h", *, epoch: int = 3, N: int = 4, K: int = 2):
+    """N questions about images that are drawn into a run folder."""
+    (run / "images").mkdir(exist_ok=True)
+    questions = []
+    for p, prompt in enumerate(PROMPTS["animals"][:N]):
+        files = [f"images/e{epoch:03}_p{p:02}_k{k}.png" for k in range(K)]
+        for k, file in enumerate(files):
+            Image.new("RGB", (64, 64), (60 * epoch, 5 * p, 30 * k)).save(run / file)
+        empty = {"scores": None, "h": None} if kind == "h" else {"bad": None}
+        questions.append({"epoch": epoch, "prompt": prompt, "images": files, **empty})
+    return questions
+
+
+def read_rows(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "labels.jsonl").read_text().splitlines()]
+
+
+class Session:
+    """A server that asks in a thread, and people's requests to it."""
+
+    def __init__(self, run: Path, questions: list[dict], annotators: int = 1):
+        (run / "labels.jsonl").touch()
+        self.server = annotate.AnnotationServer(run, annotators, 0)
+        self.ask(questions)
+
+    def ask(self, questions: list[dict]) -> None:
+        def target():
+            self.rows = self.server.ask(questions)
+
+        self.thread = threading.Thread(target=target, daemon=True)
+        self.thread.start()
+        until(lambda: self.server.url and self.server._questions or not self.thread.is_alive())
+        self.port = urlsplit(self.server.url).port
+
+    def request(self, method: str, path: str, body=None, headers=None) -> Reply:
+        return request(self.port, method, path, body, headers)
+
+    def state(self, name: str | None = None) -> dict:
+        return self.request("GET", f"/state?name={quote(name)}" if name else "/state").json()
+
+    def open(self, name: str | None = None) -> list[dict]:
+        return open_questions(self.port, name)
+
+    def send(self, question, answer, name: str | None = None) -> Reply:
+        return post_answer(self.port, question, answer, name)
+
+    def answer(self, answer, name: str | None = None) -> Reply:
+        """Answer the first open question."""
+        return self.send(self.open(name)[0]["id"], answer, name)
+
+    def finish(self) -> list[dict]:
+        self.thread.join(WAIT)
+        assert not self.thread.is_alive()
+        return self.rows
+
+
+@pytest.fixture
+def start(tmp_path, monkeypatch):
+    monkeypatch.setattr(annotate, "FAREWELL_SECONDS", 0)
+    sessions = []
+
+    def starter(questions, annotators=1):
+        sessions.append(Session(tmp_path, questions, annotators))
+        return sessions[-1]
+
+    yield starter
+    for session in sessions:
+        session.server.close()
+
+
+# A person answers
+
+
+def test_a_person_labels_an_epoch(start, tmp_path):
+    questions = make_questions(tmp_path)
+    session = start(questions)
+    opened = session.open()
+    assert [q["prompt"] for q in opened] == [q["prompt"] for q in questions]
+    for k, (q, h) in enumerate(zip(opened, [1, 0, -1, None], strict=True)):
+        for image, file in zip(q["images"], questions[k]["images"], strict=True):
+            assert session.request("GET", image).body == (tmp_path / file).read_bytes()
+        assert session.send(q["id"], h).json() == {"saved": True}
+        assert read_rows(tmp_path)[-1] == questions[k] | {"h": h, "left": q["left"]}
+    expected = [q | {"h": h} for q, h in zip(questions, [1, 0, -1, 0], strict=True)]
+    assert session.finish() == expected
+    nothing = {"questions": [], "ended": False, "named": False}
+    assert session.state() == nothing | {"status": "Training, epoch 3"}
+    session.server.status("Sampling, epoch 4")
+    assert session.state() == nothing | {"status": "Sampling, epoch 4"}
+    assert session.request("GET", opened[0]["images"][0]).status == 409  # not asked any more
+
+    (question,) = make_questions(tmp_path, epoch=4, N=1)
+    session.ask([question])
+    assert session.answer(-1).status == 200
+    assert session.finish() == [question | {"h": -1}]
+
+
+def test_the_page_is_the_file_and_answers_head(start, tmp_path):
+    session = start(make_questions(tmp_path, N=1))
+    page = (ROOT / "sd" / "annotate.html").read_bytes()
+    reply = session.request("GET", "/")
+    assert reply.body == page and reply.headers["Content-Type"] == "text/html; charset=utf-8"
+    reply = session.request("HEAD", "/")
+    assert (reply.status, reply.body) == (200, b"")
+    assert reply.headers["Content-Length"] == str(len(page))
+
+
+def test_tags(start, tmp_path):
+    questions = make_questions(tmp_path, "bad", N=2, K=7)
+    session = start(questions)
+    marks = [True, False, False, True, False, False, False]
+    assert session.answer([True]).status == session.answer(1).status == 400
+    assert session.answer(marks).status == session.answer(None).status == 200
+    expected = [questions[0] | {"bad": marks}, questions[1] | {"bad": [False] * 7}]
+    assert session.finish() == expected
+    assert read_rows(tmp_path) == [questions[0] | {"bad": marks}, questions[1]]
+
+
+def test_undo_is_a_second_line_and_the_last_counts(start, tmp_path):
+    questions = make_questions(tmp_path, N=2)
+    session = start(questions)
+    first, second = (q["id"] for q in session.open())
+    session.send(first, 1)
+    session.send(first, -1)
+    assert [q["answer"] for q in session.state()["questions"]] == [-1, None]
+    session.send(second, 0)
+    assert [row["h"] for row in session.finish()] == [-1, 0]
+    assert [row["h"] for row in read_rows(tmp_path)] == [1, -1, 0]
+    assert questions[0]["h"] is None
+
+
+def test_sides_are_random_and_reproducible(start, tmp_path):
+    def sides(epoch):
+        questions = make_questions(tmp_path, epoch=epoch, N=40)
+        return [question["left"] for question in start(questions).open()]
+
+    left = sides(epoch=3)
+    assert left == sides(epoch=3) != sides(epoch=4)
+    assert 8 < sum(left) < 32
+
+
+def test_a_restart_goes_on_at_the_first_unanswered_question(start, tmp_path):
+    questions = make_questions(tmp_path)
+    session = start(questions)
+    old = session.open()[2]["id"]
+    session.answer(1)
+    session.answer(None)
+    with (tmp_path / "labels.jsonl").open("a") as file:
+        file.write('{"epoch": 3, "pro')  # a kill in mid-write
+    again = start(questions)
+    assert [q["prompt"] for q in again.open()] == [q["prompt"] for q in questions[2:]]
+    assert again.send(old, 1).status == 409  # from a page of the old start
+    assert again.answer(-1).status == 200
+    assert [row["h"] for row in read_rows(tmp_path)] == [1, None, -1]
+    again.answer(0)
+    assert [row["h"] for row in again.finish()] == [1, 0, -1, 0]
+
+
+def test_ask_returns_at_once_where_labels_are_complete(tmp_path):
+    questions = make_questions(tmp_path)
+    rows = [q | {"h": 1} for q in questions]
+    (tmp_path / "labels.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    server = annotate.AnnotationServer(tmp_path, 1, 0)
+    assert server.ask(questions) == rows and server.ask([]) == []
+    assert server.url is None
+    server.close()
+    (tmp_path / "labels.jsonl").write_text("{}\n")
+    with pytest.raises(ValueError, match="line 1: 'epoch' is missing"):
+        server.ask(questions)
+    outside = questions[0] | {"images": ["images/../labels.jsonl", "images/b.png"]}
+    with pytest.raises(ValueError, match="is not in"):
+        server.ask([outside])
+
+
+def test_questions_are_listed_for_other_tools(start, tmp_path):
+    questions = make_questions(tmp_path, N=3)
+    start(questions)
+    lines = (tmp_path / "questions.jsonl").read_text().splitlines()
+    rows = [json.loads(line) | {"h": 1} for line in lines]
+    (tmp_path / "labels.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    answered = annotate.AnnotationServer(tmp_path, 1, 0).ask(questions)
+    assert [row["h"] for row in answered] == [1, 1, 1]
+
+
+def test_closing_tells_open_pages_and_then_serves_no_more(start, tmp_path, monkeypatch):
+    session = start(make_questions(tmp_path, N=1))
+    session.answer(1)
+    session.finish()
+    states = []
+    with monkeypatch.context() as waiting:  # what a page learns while the server waits for it
+        waiting.setattr(annotate, "FAREWELL_SECONDS", 1.5)
+        waiting.setattr(annotate.time, "sleep", lambda s: states.append((s, session.state())))
+        session.server.close()
+    ((seconds, state),) = states
+    assert seconds == 1.5 and state["ended"] and state["questions"] == []
+    assert "has finished" in state["status"]
+    assert not is_serving(session.port)
+    session.server.close()  # a second time does nothing
+
+
+# Several people
+
+
+def test_two_annotators(start, tmp_path):
+    session = start(make_questions(tmp_path, N=3), annotators=2)
+    assert session.state()["named"] and session.open() == []
+    question = next(iter(session.server._questions))
+    for name in ("", " ", "x" * 41, "a\nb", 5, ["Ann"], "\ud800", None):
+        assert session.send(question, 1, name).status == 400
+    assert read_rows(tmp_path) == []
+    for h in (1, 1, 0):
+        session.answer(h, "Ann")
+    assert session.open("Ann") == [] and "3 answers to give" in session.state("Ann")["status"]
+    assert session.thread.is_alive()
+    for h in (1, -1, None):
+        session.answer(h, "Zoë")
+    assert [row["h"] for row in session.finish()] == [1, 0, 0]  # a draw is a tie
+    assert [row["annotator"] for row in read_rows(tmp_path)] == ["Ann"] * 3 + ["Zoë"] * 3
+    # agreement 1/2, shares 3/4 and 1/4
+    assert session.server.kappa == pytest.approx((1 / 2 - 10 / 16) / (1 - 10 / 16))
+
+
+def test_kappa_of_tags_takes_each_image_as_an_item(start, tmp_path):
+    session = start(make_questions(tmp_path, "bad", N=1, K=4), annotators=2)
+    session.answer([True, True, False, False], "Ann")
+    session.answer([True, False, False, False], "Bob")
+    session.finish()
+    # agreement 3/4, shares 3/8 and 5/8
+    assert session.server.kappa == pytest.approx((3 / 4 - 34 / 64) / (1 - 34 / 64))
+
+
+def test_a_third_annotator_is_asked_only_what_is_open(start, tmp_path):
+    questions = make_questions(tmp_path, N=2)
+    session = start(questions, annotators=2)
+    session.answer(1, "Ann")
+    session.answer(1, "Ann")
+    session.answer(1, "Bob")
+    assert [q["prompt"] for q in session.open("Cid")] == [questions[1]["prompt"]]
+    session.answer(-1, "Cid")
+    assert [row["h"] for row in session.finish()] == [1, 0]
+
+
+# What is refused
+
+
+@pytest.fixture
+def guarded(start, tmp_path):
+    """A session with one answer; afterwards it still serves, and its file is unchanged."""
+    session = start(make_questions(tmp_path, N=5))
+    session.answer(1)
+    before = (tmp_path / "labels.jsonl").read_bytes()
+    yield session
+    assert session.request("GET", "/").status == 200 and len(session.open()) == 4
+    assert (tmp_path / "labels.jsonl").read_bytes() == before
+
+
+def send_raw(port: int, content: bytes, seconds: float | None = None) -> bytes:
+    """The reply to bytes that need not be HTTP: all of it, or what begins within some seconds."""
+    with socket.create_connection(("127.0.0.1", port), timeout=WAIT) as connection:
+        try:
+            connection.sendall(content)
+            connection.settimeout(seconds or WAIT)
+            if seconds:
+                return connection.recv(65536)
+            return b"".join(iter(lambda: connection.recv(65536), b""))
+        except OSError:
+            return b""
+
+
+def is_refused(reply: Reply, status: int) -> bool:
+    return reply.status == status and isinstance(reply.json()["error"], str)
+
+
+def test_foreign_hosts_are_refused(guarded):
+    good = json.dumps({"id": guarded.open()[0]["id"], "answer": 1, "name": None})
+    hosts = ["evil.example", f"evil.example:{guarded.port}", "127.0.0.1.evil.example"]
+    hosts += ["127.0.0.1@evil.example", "0.0.0.0", "", "localhost:", "[::1]", "127.0.0.1, evil"]
+    for host in hosts:
+        for path in ("/", "/state"):
+            assert guarded.request("GET", path, headers={"Host": host}).status == 400, host
+        headers = AS_JSON | {"Host": host}
+        assert guarded.request("POST", "/answer", good, headers).status == 400
+    for host in ("localhost:9000", "127.0.0.1", "LOCALHOST"):  # an ssh tunnel has its own port
+        assert guarded.request("GET", "/", headers={"Host": host}).status == 200
+
+
+def test_only_one_host_is_taken(guarded):
+    for version in ("1.0", "1.1"):
+        for hosts in ([], ["localhost", "evil"], ["evil", "localhost"], ["localhost"] * 2):
+            fields = [f"Host: {host}" for host in hosts]
+            lines = [f"GET /state HTTP/{version}", *fields, "Connection: close", "", ""]
+            reply = send_raw(guarded.port, "\r\n".join(lines).encode())
+            assert reply.split()[1] == b"400" and b"prompt" not in reply
+
+
+def test_foreign_origins_are_refused(guarded):
+    good = json.dumps({"id": guarded.open()[0]["id"], "answer": 1, "name": None})
+    origins = ["http://evil.example", "null", f"https://127.0.0.1:{guarded.port}"]
+    for origin in [*origins, "http://127.0.0.1:1", "http://localhost"]:
+        for method in ("GET", "POST", "OPTIONS"):
+            for path in ("/answer", "/state", "/", "/nothing"):
+                headers = AS_JSON | {"Origin": origin}
+                reply = guarded.request(method, path, good, headers)
+                assert is_refused(reply, 403), (origin, method, path)
+                assert "Access-Control-Allow-Origin" not in reply.headers
+
+
+def test_own_origin_is_answered(start, tmp_path):
+    session = start(make_questions(tmp_path, N=1))
+    body = json.dumps({"id": session.open()[0]["id"], "answer": 1, "name": None})
+    headers = AS_JSON | {"Origin": f"http://127.0.0.1:{session.port}"}
+    assert session.request("POST", "/answer", body, headers).status == 200
+
+
+@pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="needs Linux")
+def test_only_loopback_listens(guarded):
+    listening = []
+    for name in ("tcp", "tcp6"):
+        for line in Path(f"/proc/net/{name}").read_text().splitlines():
+            address, state = line.split()[1:4:2]
+            if state == "0A" and address.endswith(f":{guarded.port:04X}"):
+                listening.append(address)
+    assert listening == [f"0100007F:{guarded.port:04X}"]
+
+
+def test_nothing_else_is_served(guarded):
+    paths = """
+        /images/e003_p00_k0.png /images/../labels.jsonl /images/{id}/../../labels.jsonl
+        /images/{id}/0/../../.. /images/%2e%2e/labels.jsonl /images/{id}%2f..%2f..%2flabels.jsonl
+        /images/{id}/2 /images/{id}/-1 /images/{id}/01 /images/{id}/1000 /images/{id}/٠
+        /images/{id}/%D9%A0 /images/{id}/0%00 /images/{id}/0%0a //etc/passwd /images//etc/passwd
+        /labels.jsonl /answer /state/ /docs /redoc /openapi.json /static/../../etc/passwd
+        /annotate.html /annotate.py /favicon.ico /%5b //[ http://evil.example/state
+    """
+    question = guarded.open()[0]["id"]
+    for path in paths.replace("{id}", question).split():
+        content = f"GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+        head, _, body = send_raw(guarded.port, content.encode()).partition(b"\r\n\r\n")
+        status = int(head.split()[1])
+        assert status in (400, 404, 405, 409), (path, head)
+        assert not any(word in body for word in (b"PNG", b"root:", b"prompt", b"<html"))
+        assert status == 400 or "error" in json.loads(body)  # 400 is the HTTP server's own
+
+
+def test_wrong_answers_are_refused(guarded):
+    ids = [q["id"] for q in guarded.open()]
+    for answer in (2, True, 1.0, "1", [1], {}, [True, False], 10**30):
+        assert is_refused(guarded.send(ids[0], answer), 400), answer
+    for question in ("", "0", ids[0] + "0", ids[0].split("-")[0], None, 0, [], {}, ids):
+        assert is_refused(guarded.send(question, 1), 409), question
+    assert is_refused(guarded.send(ids[0], 1, "Ann"), 400)
+    assert is_refused(guarded.request("GET", "/state?name=Ann"), 400)
+
+
+def test_wrong_requests_are_refused(guarded):
+    good = json.dumps({"id": guarded.open()[0]["id"], "answer": 1, "name": None})
+
+    def post(body, **headers):
+        return guarded.request("POST", "/answer", body, AS_JSON | headers)
+
+    for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data", ""):
+        assert is_refused(post(good, **{"Content-Type": kind}), 415)
+    bodies = ["", "{", "null", "[]", "[" * 9000, "1" * 9000, good[:-1], 2 * good, '{"id": 1}']
+    for body in [*bodies, good.replace('"name"', '"nom"'), b"\xff\xfe"]:
+        assert is_refused(post(body), 400), body[:80]
+    assert is_refused(post(good + " " * annotate.MAX_REQUEST_BYTES), 413)
+    assert is_refused(post(iter([good.encode()])), 413)  # in chunks: without a length
+    for method in ("PUT", "DELETE", "PATCH", "OPTIONS", "GET"):
+        assert is_refused(guarded.request(method, "/answer"), 405)
+
+
+def test_a_request_that_breaks_off_changes_nothing(guarded, caplog):
+    body = json.dumps({"id": guarded.open()[0]["id"], "answer": 1, "name": None})
+    head = f"POST /answer HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n"
+    content = f"{head}Content-Type: application/json\r\n\r\n{body}"
+    for end in (20, len(head), len(content) - 1):
+        with socket.create_connection(("127.0.0.1", guarded.port)) as connection:
+            connection.sendall(content[:end].encode())
+    time.sleep(0.1)
+    assert not caplog.records  # the server says nothing about it
+
+
+def test_there_is_no_websocket(guarded):
+    headers = {"Connection": "Upgrade", "Upgrade": "websocket", "Sec-WebSocket-Version": "13"}
+    headers["Sec-WebSocket-Key"] = "dGhlIHNhbXBsZSBub25jZQ=="
+    for path in ("/", "/state", "/answer"):
+        assert guarded.request("GET", path, headers=headers).status in (200, 405)  # not 101
+
+
+def test_every_reply_has_the_security_headers(guarded, monkeypatch):
+    question = guarded.open()[0]
+    good = json.dumps({"id": question["id"], "answer": 1, "name": None})
+    replies = [
+        guarded.request("GET", path) for path in ("/", "/state", "/no", "/answer", "/images/0/0")
+    ]
+    replies.append(guarded.request("GET", question["images"][0]))
+    replies.append(guarded.request("GET", "/", headers={"Host": "evil.example"}))
+    replies.append(guarded.request("GET", "/", headers={"Origin": "http://evil.example"}))
+    replies.append(guarded.request("POST", "/answer", good))
+    replies.append(guarded.request("POST", "/answer", " " * 20_000, AS_JSON))
+    with monkeypatch.context() as broken:
+        broken.setattr(annotate.labels, "validate_answer", lambda *_: 1 / 0)
+        replies.append(guarded.request("POST", "/answer", good, AS_JSON))  # an error of our own
+    statuses = [reply.status for reply in replies]
+    assert statuses == [200, 200, 404, 405, 409, 200, 400, 403, 415, 413, 500]
+    for reply in replies:
+        policy = reply.headers["Content-Security-Policy"]
+        assert "default-src 'none'" in policy and "frame-ancestors 'none'" in policy
+        assert reply.headers["Cross-Origin-Resource-Policy"] == "same-origin"
+        assert reply.headers["X-Content-Type-Options"] == "nosniff"
+    assert replies[1].headers["Cache-Control"] == "no-store"
+
+
+def test_fifty_random_malformed_requests(guarded, caplog):
+    chance = random.Random(0)
+    ids = [q["id"] for q in guarded.open()]
+    words = (
+        b"GET POST PUT / /answer /state?name= /images/ .. %2e%2e \x00 \xff\xfe HTTP/1.1 HTTP/9.9"
+    )
+    words = words.split(b" ") + [b"\r\n", b"\n", b" ", b"Host: localhost", b"Host: evil", b"-1"]
+    words += [b"Content-Type: application/json", b"Transfer-Encoding: chunked", b"[" * 50]
+    words += [b"Content-Length: 99999", b'"id": ', b'"answer": ', b"{", b"}", ids[0].encode()]
+    values = [
+        None,
+        1,
+        -1,
+        0,
+        2,
+        0.5,
+        True,
+        "1",
+        "",
+        "\x00",
+        [],
+        [1],
+        {},
+        {"h": 1},
+        10**40,
+        "é" * 50,
+    ]
+    head = b"POST /answer HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    refused = 0
+    for n in range(50):
+        if n % 3 == 0:  # noise
+            content = b"".join(chance.choices(words, k=chance.randrange(1, 20)))
+        else:
+            if n % 3 == 1:  # a whole request that is changed, cut or lengthened somewhere below
+                body = json.dumps({"id": ids[0], "answer": 3, "name": None}).encode()
+            else:  # well-formed HTTP with a body of the wrong kind
+                keys = chance.sample(["id", "answer", "name", "h"], chance.randrange(1, 5))
+                body = json.dumps({key: chance.choice(values) for key in keys}).encode()
+            content = head + b"Content-Length: %d\r\n\r\n" % len(body) + body
+            if n % 3 == 1:
+                place = chance.randrange(len(content))
+                new = chance.randbytes(chance.randrange(3))
+                content = content[:place] + new + content[place + chance.randrange(20) :]
+        reply = send_raw(guarded.port, content, 0.1)
+        is_page = content.startswith((b"GET / ", b"GET /state"))
+        assert not reply or reply[9:10] in b"45" or is_page, (content, reply)
+        refused += reply.startswith(b"HTTP/1.1 4")
+    assert refused >= 25
+    assert not caplog.records
+
+
+def test_answers_reach_the_disk_itself(start, tmp_path, monkeypatch):
+    session, synced, fsync = start(make_questions(tmp_path, N=2)), [], os.fsync
+
+    def record(number):
+        synced.append(os.fstat(number).st_size)
+        fsync(number)
+
+    monkeypatch.setattr(annotate.os, "fsync", record)
+    assert session.answer(1).status == 200
+    assert synced == [(tmp_path / "labels.jsonl").stat().st_size]
+
+
+def test_a_full_disk_is_said_and_leaves_no_half_line(start, tmp_path, monkeypatch):
+    session = start(make_questions(tmp_path, N=2))
+    session.answer(1)
+    before = (tmp_path / "labels.jsonl").read_bytes()
+
+    def fail(_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(annotate.os, "fsync", fail)
+        reply = session.answer(1)
+    assert is_refused(reply, 500) and "No space left" in reply.json()["error"]
+    assert (tmp_path / "labels.jsonl").read_bytes() == before and len(session.open()) == 1
+    session.answer(0)
+    assert [row["h"] for row in session.finish()] == [1, 0]
+
+
+def test_half_a_line_is_taken_back(tmp_path):
+    file = tmp_path / "labels.jsonl"
+    file.write_text("{}\n")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (13, hard))  # no file may grow beyond 13 bytes
+    try:
+        with pytest.raises(annotate.HTTPError) as error:
+            annotate.append_safely(file, {"prompt": "a cat"})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert error.value.status_code == 500 and file.read_text() == "{}\n"
+
+
+def test_a_taken_port_is_said_and_the_next_free_one_found(start, tmp_path):
+    questions = make_questions(tmp_path, N=1)
+    first, second = start(questions), start(questions)
+    assert first.port != second.port and {first.port, second.port} <= set(annotate.PORTS)
+    for port in (first.port, 70_000):
+        server = annotate.AnnotationServer(tmp_path, 1, 0, port)
+        with pytest.raises(annotate.labels.LabelError, match=f"{port}: give another --port"):
+            server.ask(questions)
+
+
+# A kill, and a browser
+
+
+def start_program(run: Path, port: int, seconds_of_training: float = 0) -> subprocess.Popen:
+    """A process that asks asked1.json and then asked2.json, and keeps the answered rows."""
+    code = f"""
+        import json, sys, time
+        from pathlib import Path
+        from sd.annotate import AnnotationServer
+        run = Path(sys.argv[1])
+        server = AnnotationServer(run, 1, 0, {port})
+        for epoch in (1, 2):
+            rows = server.ask(json.loads((run / f"asked{{epoch}}.json").read_text()))
+            (run / f"rows{{epoch}}.json").write_text(json.dumps(rows))
+            time.sleep({seconds_of_training})
+        server.close()
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code), str(run)]
+    with (run / "out.txt").open("a") as out:
+        return subprocess.Popen(command, stdout=out, stderr=out, cwd=ROOT)
+
+
+@pytest.fixture
+def program(tmp_path):
+    processes = []
+    (tmp_path / "labels.jsonl").touch()
+
+    def starter(*args):
+        processes.append(start_program(tmp_path, *args))
+        return processes[-1]
+
+    yield starter
+    for process in processes:
+        process.kill()
+        process.wait()
+
+
+def write_questions(run: Path, *counts: int) -> list[list[dict]]:
+    """As many questions for each epoch."""
+    asked = [make_questions(run, epoch=epoch, N=N) for epoch, N in enumerate(counts, 1)]
+    for epoch, questions in enumerate(asked, 1):
+        (run / f"asked{epoch}.json").write_text(json.dumps(questions))
+    return asked
+
+
+@pytest.mark.slow
+def test_kill_9_loses_no_label(program, tmp_path):
+    port, answers, chance = free_port(), [], random.Random(1)
+    questions, _ = write_questions(tmp_path, 30, 0)
+    for stop in (9, 17, None):
+        process = program(port)
+        until(lambda: is_serving(port))
+        opened = open_questions(port)
+        assert [q["prompt"] for q in opened] == [q["prompt"] for q in questions[len(answers) :]]
+        if stop:  # the kill comes while somebody answers
+            threading.Timer(chance.uniform(0.02, 0.2), process.kill).start()  # SIGKILL
+        for q in opened[: stop and stop - len(answers)]:
+            h = chance.choice([1, -1, 0])
+            try:
+                reply = post_answer(port, q["id"], h)
+            except (OSError, http.client.HTTPException):
+                break
+            assert reply.status == 200
+            answers.append(h)
+        if stop:
+            process.wait(WAIT)
+            kept = [row["h"] for row in read_rows(tmp_path)]
+            assert kept[: len(answers)] == answers  # one more whose reply the kill swallowed
+            answers = kept
+    assert process.wait(WAIT) == 0, (tmp_path / "out.txt").read_text()
+    rows = json.loads((tmp_path / "rows1.json").read_text())
+    assert [row["h"] for row in rows] == answers == [row["h"] for row in read_rows(tmp_path)]
+    assert len(answers) == 30
+
+
+@contextlib.contextmanager
+def open_tab(url: str, wide: int = 1280, high: int = 800, **options):
+    """A page of Chromium. `problems` has its errors, and requests to anywhere else."""
+    sync_api = pytest.importorskip("playwright.sync_api")
+    chromium = shutil.which("chromium")
+    if not chromium:
+        pytest.skip("there is no chromium")
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        context = browser.new_context(viewport={"width": wide, "height": high}, **options)
+        context.set_default_timeout(WAIT * 1000)
+        tab = context.new_page()
+        tab.problems = []
+
+        def check_address(sent):
+            if not sent.url.startswith((url, "data:")):
+                tab.problems.append(sent.url)
+
+        def check_console(message):
+            if message.type == "error":
+                tab.problems.append(message.text)
+
+        tab.on("pageerror", lambda error: tab.problems.append(str(error)))
+        tab.on("console", check_console)
+        tab.on("request", check_address)
+        tab.goto(url)
+        yield tab
+        browser.close()
+
+
+def wait_for_prompt(tab, text: str) -> None:
+    script = "text => document.getElementById('prompt').textContent === text && !busy"
+    tab.wait_for_function(script, arg=text)
+
+
+@pytest.mark.slow
+def test_chromium_labels_epochs_by_keyboard_alone(program, tmp_path):
+    first_epoch, _ = write_questions(tmp_path, 7, 2)
+    port = free_port()
+    process = program(port, 2.5)
+    until(lambda: is_serving(port))
+    with open_tab(f"http://127.0.0.1:{port}/") as tab:
+        wait_for_prompt(tab, "a cat")
+        left = [question["left"] for question in tab.evaluate("state.questions")]
+        images = tab.locator("main img")
+        assert images.evaluate_all("all => all.every(image => image.naturalWidth === 64)")
+        assert images.first.get_attribute("src").endswith(f"/{left[0]}")  # the recorded side
+
+        seconds = []
+        keys = {"ArrowLeft": 1, "ArrowRight": 2, " ": 3, "s": 4}
+        steps = [*keys.items(), ("ArrowRight", 5), ("u", 4), ("u", 3)]
+        for key, n in steps:
+            began = time.perf_counter()
+            tab.keyboard.press(key)
+            wait_for_prompt(tab, first_epoch[n]["prompt"])
+            seconds.append(time.perf_counter() - began)
+        tab.keyboard.press("ArrowLeft")  # in place of the skip, and on to the first open one
+        wait_for_prompt(tab, first_epoch[5]["prompt"])
+        assert tab.locator("#done").text_content() == "5 done, 2 left"
+        assert tab.locator("#left").text_content().startswith("about ")
+        tab.keyboard.press("ArrowLeft")
+        wait_for_prompt(tab, first_epoch[6]["prompt"])
+        tab.keyboard.press("ArrowRight")
+        tab.get_by_text("Training, epoch 1").wait_for()
+        wait_for_prompt(tab, "a cat")  # the next epoch, by itself
+        assert tab.locator("#done").text_content() == "0 done, 2 left"
+        tab.keyboard.press(" ")
+        wait_for_prompt(tab, "a dog")
+        tab.keyboard.press(" ")
+        tab.get_by_text("The run has finished").wait_for()
+        assert process.wait(WAIT) == 0, (tmp_path / "out.txt").read_text()
+        assert tab.problems == []
+
+    def pressed(side, n):
+        return 1 if (side == "left") == (left[n] == 0) else -1
+
+    sides = ["left", "right", None, "left", "right", "left", "right"]
+    expected = [0 if side is None else pressed(side, n) for n, side in enumerate(sides)]
+    rows = json.loads((tmp_path / "rows1.json").read_text())
+    assert [row["h"] for row in rows] == expected
+    assert len(read_rows(tmp_path)) == 7 + 1 + 2
+    assert sorted(seconds)[len(seconds) // 2] < 1  # from a key to the next question
+
+
+@pytest.mark.slow
+def test_chromium_tags_by_keyboard(start, tmp_path):
+    session = start(make_questions(tmp_path, "bad", N=2, K=7))
+    with open_tab(session.server.url) as tab:
+        wait_for_prompt(tab, "a cat")
+        for key in ("2", "7", "3", "3", "9", "Enter"):
+            tab.keyboard.press(key)
+        wait_for_prompt(tab, "a dog")
+        tab.keyboard.press("u")
+        wait_for_prompt(tab, "a cat")
+        assert tab.locator("main .bad b").all_text_contents() == ["2", "7"]
+        for key in ("1", "Enter"):
+            tab.keyboard.press(key)
+        wait_for_prompt(tab, "a dog")
+        for key in ("Tab", "Tab", " ", "Enter"):  # for images beyond ten
+            tab.keyboard.press(key)
+        tab.get_by_text("Training, epoch 3").wait_for()
+        assert tab.problems == []
+    marked = [[k for k, bad in enumerate(row["bad"]) if bad] for row in session.finish()]
+    assert marked == [[0, 1, 6], [1]]
+
+
+@pytest.mark.slow
+def test_chromium_two_people_on_one_machine(start, tmp_path):
+    session = start(make_questions(tmp_path, N=2), annotators=2)
+    with open_tab(session.server.url) as tab:
+        for name in ("Ann", "<b>Bob</b>"):
+            tab.get_by_label("Your name").fill(name)
+            tab.keyboard.press("Enter")
+            wait_for_prompt(tab, "a cat")
+            tab.keyboard.press("ArrowLeft")
+            wait_for_prompt(tab, "a dog")
+            tab.keyboard.press("s")
+            if name == "Ann":
+                tab.get_by_text("2 answers to give").wait_for()
+                tab.get_by_text("Someone else").click()
+        tab.get_by_text("Training, epoch 3").wait_for()
+        assert tab.problems == []
+    rows = read_rows(tmp_path)
+    assert [row["annotator"] for row in rows] == ["Ann"] * 2 + ["<b>Bob</b>"] * 2
+    assert {row["h"] for row in rows[::2]} == {session.finish()[0]["h"]}
+
+
+@pytest.mark.slow
+def test_chromium_finds_the_page_again_after_a_restart(program, tmp_path):
+    write_questions(tmp_path, 3, 0)
+    port = free_port()
+    process = program(port)
+    until(lambda: is_serving(port))
+    with open_tab(f"http://127.0.0.1:{port}/") as tab:
+        wait_for_prompt(tab, "a cat")
+        tab.keyboard.press("ArrowLeft")
+        wait_for_prompt(tab, "a dog")
+        process.kill()
+        process.wait()
+        tab.keyboard.press("ArrowLeft")
+        tab.get_by_text("--resume").wait_for()
+        assert len(read_rows(tmp_path)) == 1
+        program(port)
+        wait_for_prompt(tab, "a dog")
+        assert tab.locator("#done").text_content() == "1 done, 2 left"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "kind, K, wide, high, scheme", [("h", 2, 1280, 800, "light"), ("bad", 7, 390, 844, "dark")]
+)
+def test_chromium_layout_fits_without_scrolling(start, tmp_path, kind, K, wide, high, scheme):
+    session = start(make_questions(tmp_path, kind, N=1, K=K))
+    is_phone = wide < 500
+    options = {"color_scheme": scheme, "is_mobile": is_phone, "has_touch": is_phone}
+    with open_tab(session.server.url, wide, high, **options) as tab:
+        wait_for_prompt(tab, "a cat")
+        boxes = [one.bounding_box() for one in tab.locator("main button, footer button").all()]
+        for box in boxes:
+            assert 0 <= box["x"] and box["x"] + box["width"] <= wide
+            assert 0 <= box["y"] and box["y"] + box["height"] <= high
+            assert box["width"] >= 44 and box["height"] >= 44
+        if kind == "h":
+            a, b = boxes[:2]
+            assert a["y"] == b["y"] and a["x"] < b["x"] and a["width"] > 0.4 * wide
+            tab.locator("main button").first.click()
+        else:
+            tab.get_by_text("Confirm").click()
+        assert len(session.finish()) == 1 and tab.problems == []

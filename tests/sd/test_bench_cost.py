@@ -1,0 +1,232 @@
+"""sd/bench_cost.py on tiny models: its counters against closed forms and torch's own, and its sides
+against each other; what is committed against its tables."""
+
+import json
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from sd_helpers import make_pipeline
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
+
+from sd import bench_cost, cost, options
+
+UNET = {
+    "block_out_channels": (8, 16),
+    "layers_per_block": 1,
+    "norm_num_groups": 4,
+    "cross_attention_dim": 32,
+    "attention_head_dim": 2,
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+}
+VAE = {
+    "block_out_channels": (8, 8),
+    "norm_num_groups": 8,
+    "down_block_types": ("DownEncoderBlock2D",) * 2,
+    "up_block_types": ("UpDecoderBlock2D",) * 2,
+}
+SD15_COUNTED = "SD 1.5, 1 pair in a batch, T = 2: counted"
+
+
+@pytest.fixture
+def small_sd15(monkeypatch):
+    """An architecture of few weights in place of SD 1.5's."""
+    for name, value in {"SD15_UNET": UNET, "SD15_VAE": VAE, "LATENTS": 8}.items():
+        monkeypatch.setattr(bench_cost, name, value)
+
+
+@pytest.fixture(scope="module")
+def emoji(tmp_path_factory):
+    """The same UNet in a folder."""
+    folder = tmp_path_factory.mktemp("emoji")
+    make_pipeline(sample_size=8, **UNET).save_pretrained(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(options, "EMOJI", folder)
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def setup(emoji):
+    return bench_cost.Setup("--model", str(emoji))
+
+
+def gradient(bench, run):
+    """Of all the updates of a pass together; the weights stay."""
+    found = []
+
+    def step():
+        found.append(torch.cat([weight.grad.flatten() for weight in bench.setup.lora]))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bench.setup.optimizer, "step", step)
+        run()
+    return sum(found)
+
+
+def test_all_structures_are_the_same_mathematics(setup):
+    bench = bench_cost.Bench(setup, 2, 3)
+    gradients = {side.name: gradient(bench, side.run) for side in bench_cost.training(bench)}
+    assert len(gradients) == 9
+    gradients["released structure, pair after pair"] /= 2  # a sum over pairs, not a mean
+    ours = gradients[bench_cost.HERE]
+    assert ours.norm() > 0
+    for name, other in gradients.items():  # a LoRA that is still zero: Eq. 5's gradient is Eq. 14's
+        assert (other - ours).norm() < 1e-3 * ours.norm(), name
+
+    here, _, released, _ = bench_cost.groups_of_seven(setup)
+    assert len(here.bench.pairs) == 12
+    ours, other = (gradient(side.bench, side.run) for side in (here, released))
+    assert (other / 12 - ours).norm() < 1e-3 * ours.norm()
+
+
+def test_rows_are_what_the_structures_need(setup):
+    def rows(sides):
+        return {side.name: bench_cost.count(side)["rows"] for side in sides}
+
+    # a pair has two trajectories, and a trajectory two rows
+    found = rows(bench_cost.training(bench_cost.Bench(setup, 2, 1)))
+    assert found.pop("here, previous") == found.pop("whole chain by autograd") == [0, 4, 0, 4]
+    assert found.pop("here, previous, checkpointed") == [0, 4, 4, 4]
+    checkpointed = [found.pop(name) for name in list(found) if "checkpointed" in name]
+    assert checkpointed == [[4, 4, 4, 4]] * 2
+    names = ["here, initial", "whole chain in pieces"]
+    names += [f"released structure, {how}" for how in ("batches like ours", "pair after pair")]
+    assert found == dict.fromkeys(names, [4, 4, 0, 4])
+
+    # 7 trajectories; four for each of 12 pairs
+    found = list(rows(bench_cost.groups_of_seven(setup)[:3]).values())
+    assert found == [[0, 14 / 12, 0, 14 / 12], [0, *[14 / 12] * 3], [4, 4, 0, 4]]
+
+    found = rows(bench_cost.sampling(bench_cost.Bench(setup, 2, 2)))
+    assert list(found.values()) == [[4, 0, 0, 0]] * 3
+
+
+def test_operations_are_those_of_torchs_counter_and_attention_counts(setup):
+    bench = bench_cost.Bench(setup, 1, 2)
+    lacking = bench_cost.FORMULAS.keys() - flop_registry.keys()
+    attention = {op: bench_cost.FORMULAS[op].__wrapped__ for op in lacking}
+    run = partial(bench.ours, reference="initial")
+    with FlopCounterMode(display=False, custom_mapping=attention) as theirs:
+        run()
+    ours = bench_cost.count(bench_cost.Side("", bench, run))["gflop"]
+    assert ours == pytest.approx(theirs.get_total_flops() / 2e9)
+
+    q = torch.randn(2, 3, 64, 8, requires_grad=True)
+    with bench_cost.Meter("cpu") as meter:
+        out = F.scaled_dot_product_attention(q, q, q)
+        assert meter.flop == 2 * 2 * (2 * 3 * 64 * 64 * 8)  # two products
+        out.sum().backward()
+    assert meter.flop == 7 * 2 * (2 * 3 * 64 * 64 * 8)  # five more, one of them done again
+
+
+def test_bytes_are_counted_while_they_are_alive():
+    old = torch.ones(100)
+    with bench_cost.Meter("cpu") as meter:
+        a = old * 2
+        b = a.view(10, 10)[1:] + 1  # 360 bytes; views take nothing
+        del a
+        assert (meter.now, meter.most) == (360, 760)
+        old.add_(1)
+        c = torch.ones(50)
+        assert (meter.now, meter.most) == (560, 760)
+        del b, c
+    assert (meter.now, meter.most) == (0, 760)
+
+
+def test_memory_is_flat_here_and_grows_in_autograd_over_the_chain(setup, monkeypatch):
+    monkeypatch.setattr(bench_cost, "LENGTHS", (2, 3, 5))
+    peaks = bench_cost.memory_by_length(setup)["peak_gb"]
+    low, middle, high = peaks.pop(bench_cost.AUTOGRAD)
+    states = 3 * (2 * 4 * 8 * 8 * 4) / 1e9  # of three more steps of two trajectories
+    assert all(max(peak) - min(peak) < 2 * states for peak in peaks.values())
+    assert high - middle == pytest.approx(2 * (middle - low), rel=0.01)
+    assert middle - low > 10 * states
+
+
+@pytest.mark.usefixtures("small_sd15")
+def test_what_is_counted_without_data_is_what_a_pass_with_data_takes():
+    def counts(*flags):
+        bench = bench_cost.Bench(bench_cost.Setup(*bench_cost.ONE_PAIR, *flags), 1, 2)
+        sides = bench_cost.training(bench)[:2] + bench_cost.sampling(bench)[:1]
+        return [bench_cost.count(side) for side in sides]
+
+    with bench_cost.random_sd15(8):
+        real = counts("--precision", "bf16")
+    with bench_cost.random_sd15(8, weightless=True):
+        counted = counts()
+    for one, other in zip(real, counted, strict=True):
+        assert one["rows"] == other["rows"] and one["gflop"] == pytest.approx(other["gflop"])
+        assert one["grown_gb"] == pytest.approx(other["grown_gb"], abs=3e-5)  # latents are real
+
+
+def test_ratios_are_those_of_neighbours_for_each_pair_and_step(setup, monkeypatch):
+    bench, clock = bench_cost.Bench(setup, 2, 3), [0.0]
+    monkeypatch.setattr(bench_cost.time, "perf_counter", lambda: clock[0])
+    speeds = iter([9, 9, 1, 2, 2, 8, 3, 3])  # a round to warm up, then three
+
+    def run():
+        clock[0] += 6 * next(speeds)
+
+    first, second = bench_cost.race([bench_cost.Side("", bench, run)] * 2, 3)
+    assert first == {"seconds": [2, 1, 3], "ratio": [1, 1, 1]}
+    assert second == {"seconds": [3, 2, 8], "ratio": [0.5, 0.25, 1]}
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("emoji", "small_sd15")
+def test_one_command_writes_numbers_tables_and_a_figure(tmp_path, monkeypatch):
+    bench = bench_cost.Bench
+
+    def short(setup, groups, T, **group):
+        return bench(setup, min(groups, 2), 1, **group)
+
+    monkeypatch.setattr(bench_cost, "Bench", short)
+    monkeypatch.setattr(bench_cost, "combinations", lambda *_: [(0, 1), (0, 2)])  # of 21
+    out, mark = tmp_path / "cost.json", bench_cost.MARK
+    row = {"name": "", "rows": [], "gflop": 0, "grown_gb": 0, "peak_gb": 0}
+    gpu = {"rows": [row], "versions": "", "rounds": 1, "load": 0}
+    out.write_text(json.dumps({"some GPU": gpu}))
+    out.with_suffix(".md").write_text(f"# By hand\n{mark}old\n{mark}also by hand\n")
+    bench_cost.main(["--rounds", "1", "--out", str(out)])
+    results = json.loads(out.read_text())
+    assert results["some GPU"] == gpu
+    _, emoji, sd15 = results.values()
+    assert all(row["seconds"][0] > 0 for row in emoji["rows"])
+    assert len({row["name"] for row in emoji["rows"]}) == len(emoji["rows"])
+    assert all("seconds" not in row and row["peak_gb"] > 0 for row in sd15["rows"])
+    before, tables, after = out.with_suffix(".md").read_text().split(mark)
+    assert (before, after) == ("# By hand\n", "also by hand\n")
+    assert tables == bench_cost.tables(results) and tables.count("| here, previous |") == 2
+    assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_committed_page_has_the_committed_numbers_and_they_reach_their_targets():
+    results = json.loads((bench_cost.RESULTS / "cost.json").read_text())
+    page = (bench_cost.RESULTS / "cost.md").read_text()
+    assert page.split(bench_cost.MARK)[1] == bench_cost.tables(results)
+
+    sd15 = results[SD15_COUNTED]
+    rows = {row["name"]: row for row in sd15["rows"]}
+    plain, checkpointed = rows["here, previous"], rows["here, previous, checkpointed"]
+    assert plain["peak_gb"] < 6 and checkpointed["peak_gb"] < 5
+    assert checkpointed["grown_gb"] < plain["grown_gb"] / 3
+    peaks = sd15["memory"]["peak_gb"]
+    assert max(peaks["here, previous"]) < 1.01 * min(peaks["here, previous"])
+    for part in (part for title, part in results.items() if title.startswith("Emoji")):
+        ratio = {row["name"]: row["ratio"][0] for row in part["rows"]}
+        assert ratio["released structure, pair after pair"] < 0.6
+        assert ratio["K = 7, 3 tagged: released, the 12 pairs"] < 0.12
+
+
+@pytest.mark.slow
+def test_sd_demo_announces_the_memory_that_is_counted():
+    results = json.loads((bench_cost.RESULTS / "cost.json").read_text())
+    rows = {row["name"]: row for row in results[SD15_COUNTED]["rows"]}
+    with bench_cost.random_sd15(bench_cost.LATENTS, weightless=True):
+        setup = bench_cost.Setup(*bench_cost.ONE_PAIR)
+        for checkpointing, name in enumerate(("here, previous", "here, previous, checkpointed")):
+            setup.args.gradient_checkpointing = bool(checkpointing)
+            announced = cost.estimate(setup.model, setup.args, 1).memory_gb
+            assert announced == pytest.approx(rows[name]["peak_gb"], rel=0.03)

@@ -1,0 +1,122 @@
+"""Figures of a run, drawn from a folder that no run has made."""
+
+from argparse import Namespace
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+from PIL import Image
+
+from sd import figures, run_folder
+
+ROW = {"score": -2.0, "score_sem": 0.1, "kl": 1.0, "kl_trained": 0.5, "watched": 0.25}
+
+
+def picture(grey: int) -> Image.Image:
+    return Image.new("RGB", (16, 16), (grey,) * 3)
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Three epochs, of which the first has no evaluation."""
+    (tmp_path / "images").mkdir()
+    config = {"objective": "compressibility", "watch": "a/classifier.py:recognised"}
+    config["initial"] = {"eval_score": -5.0, "watched": 0.5}
+    run_folder.save_json(tmp_path / "config.json", config)
+    rows = [
+        ROW | {"epoch": 1, "score": -3.0, "kl": 2.0, "eval_score": None, "watched": None},
+        ROW | {"epoch": 2, "score": -2.0, "kl": 3.0, "eval_score": -1.5},
+        ROW | {"epoch": 3, "score": -1.0, "kl": 4.0, "eval_score": -1.0},
+    ]
+    run_folder.save_lines(tmp_path / "metrics.jsonl", rows)
+    for epoch in (0, 2, 3):
+        for n in (0, 1):
+            picture(50 * epoch + 10 * n).save(figures.held_out_file(tmp_path, epoch, n))
+    return tmp_path
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """Figures are left open, to read what is in them."""
+    close, opened = plt.close, []
+    monkeypatch.setattr(plt, "close", opened.append)
+    yield opened
+    for figure in opened:
+        close(figure)
+
+
+def lines(axis) -> list[tuple]:
+    return [(list(line.get_xdata()), list(line.get_ydata())) for line in axis.get_lines()]
+
+
+def test_figures_are_drawn_from_stored_numbers_and_closed(run):
+    stored, open_before = {path.name for path in run.iterdir()}, plt.get_fignums()
+    paths = figures.draw_run(run)
+    assert [path.name for path in paths] == ["reward_curve.png", "progress.png", "before_after.png"]
+    assert {path.name for path in run.iterdir()} == stored | {path.name for path in paths}
+    for path in paths:
+        assert path.read_bytes().startswith(b"\x89PNG") and plt.imread(path).std() > 0.05
+    assert plt.get_fignums() == open_before
+
+
+def test_curves_are_the_stored_columns_over_the_epochs(run, drawn):
+    figures.draw_run(run)
+    score, kl, watched = drawn[0].axes
+    training, held_out, initial = lines(score)
+    assert training == ([1, 2, 3], [-3, -2, -1])
+    assert held_out == ([0, 2, 3], [-5, -1.5, -1]) and initial[1] == [-5, -5]
+    assert lines(kl) == [([1, 2, 3], [2, 3, 4]), ([1, 2, 3], [0.5] * 3)]
+    assert lines(watched) == [([0, 2, 3], [0.5, 0.25, 0.25])]
+    assert all(axis.get_xlabel() == "epoch" and axis.get_ylabel() for axis in drawn[0].axes)
+    assert "compressibility" in score.get_ylabel() and "nats" in kl.get_ylabel()
+    assert "recognised" in watched.get_ylabel()
+
+
+def test_pictures_are_the_held_out_ones_of_each_evaluation(run, drawn):
+    figures.draw_run(run)
+    rows = [axis.get_ylabel() for axis in drawn[1].axes[::2]]
+    assert rows == ["initial", "epoch 2", "epoch 3"]
+    greys = [axis.images[0].get_array()[0, 0, 0] for axis in drawn[1].axes]
+    assert greys == [0, 10, 100, 110, 150, 160]
+    greys = [axis.images[0].get_array()[0, 0, 0] for axis in drawn[2].axes]
+    assert greys == [0, 10, 150, 160]  # the initial model, and the last
+
+
+def test_where_people_judge_there_is_no_score_to_draw(run, drawn):
+    config = run_folder.read_json(run / "config.json")
+    config["initial"] = {"eval_score": None, "watched": None}
+    run_folder.save_json(run / "config.json", config)
+    no_score = {"score": None, "score_sem": None, "eval_score": None, "watched": None}
+    rows = [row | no_score for row in run_folder.read_lines(run / "metrics.jsonl")]
+    run_folder.save_lines(run / "metrics.jsonl", rows)
+    figures.draw_run(run)
+    assert len(drawn[0].axes) == 1 and "KL" in drawn[0].axes[0].get_ylabel()
+
+
+def test_a_long_run_has_six_rows_evenly_apart(run, drawn):
+    rows = [ROW | {"epoch": epoch, "eval_score": -1.0} for epoch in range(1, 21)]
+    run_folder.save_lines(run / "metrics.jsonl", rows)
+    for epoch in range(1, 21):
+        picture(epoch).save(figures.held_out_file(run, epoch, 0))
+    for path in run.glob("images/*_1.png"):
+        path.unlink()
+    figures.draw_run(run)
+    names = [axis.get_ylabel() for axis in drawn[1].axes]
+    assert names == ["initial", *(f"epoch {epoch}" for epoch in (4, 8, 12, 16, 20))]
+
+
+def test_pairs_of_many_images_are_the_first_sixteen(tmp_path, drawn):
+    path = figures.draw_pairs([picture(0)] * 20, [picture(255)] * 20, tmp_path / "pairs.png")
+    assert len(drawn[0].axes) == 32
+    assert [axis.get_ylabel() for axis in drawn[0].axes[::16]] == ["initial", "tuned"]
+    image = np.asarray(Image.open(path))
+    assert image.shape[1] > 4 * image.shape[0]
+
+
+def test_the_card_says_what_the_lora_is_and_how_to_load_it(tmp_path):
+    args = Namespace(model="some/thing", objective="tags", command="python sd_demo.py --seed 1")
+    figures.write_card(tmp_path, args, 7)
+    card = (tmp_path / "README.md").read_text()
+    for part in ("some/thing", "objective tags, 7 epochs", "--seed 1", "load_lora_weights('lora')"):
+        assert part in card
+    assert "![](reward_curve.png)" in card and "![](before_after.png)" in card

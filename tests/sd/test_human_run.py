@@ -1,0 +1,255 @@
+"""Runs of sd_demo.py that people label: the page and the training together."""
+
+import http.client
+import io
+import json
+import os
+import shlex
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from test_annotate import (
+    WAIT,
+    free_port,
+    is_serving,
+    open_questions,
+    open_tab,
+    post_answer,
+    read_rows,
+    request,
+    until,
+)
+
+import sd_demo
+from sd import annotate
+from sd.run_folder import ROOT
+from sd.scorers import jpeg_kb
+
+TRAINING = """
+    --precision fp32 --num-steps 3 --skip-last 0 --lr 0.01 --lora-rank 4 --guidance-scale 3
+    --epochs 2 --pairs-per-epoch 4 --images-per-prompt 2 --batch-size 2
+    --eval-images 2 --eval-every 1 --seed 3
+"""
+
+
+def new_run(model: Path, out: Path, flags: str) -> list[str]:
+    return [*TRAINING.split(), "--model", str(model), "--out", str(out), *shlex.split(flags)]
+
+
+@pytest.fixture
+def start(tmp_path):
+    """Start sd_demo.py beside the test."""
+    processes = []
+
+    def starter(argv: list[str]) -> subprocess.Popen:
+        offline = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        command = [sys.executable, str(ROOT / "sd_demo.py"), *argv]
+        with (tmp_path / "output.txt").open("a") as out:
+            options = {"stdout": out, "stderr": out, "cwd": tmp_path, "env": os.environ | offline}
+            processes.append(subprocess.Popen(command, **options))
+        return processes[-1]
+
+    yield starter
+    for process in processes:
+        process.kill()
+        process.wait()
+
+
+def kill(process: subprocess.Popen) -> None:
+    process.kill()  # SIGKILL
+    process.wait(WAIT)
+
+
+def answer_questions(port: int, choose, stop: int | None = None) -> int:
+    """Answer the questions of a run that starts, until it ends, or the first `stop` of them.
+
+    choose(port, question) gives the answer. Returns how many were answered.
+    """
+    count, has_begun, end = 0, False, time.monotonic() + WAIT
+    while count != stop:
+        assert time.monotonic() < end, "it took too long"
+        try:
+            for question in open_questions(port)[: stop and stop - count]:
+                answer = choose(port, question)
+                assert post_answer(port, question["id"], answer).status == 200
+                count += 1
+            has_begun = True
+        except (OSError, http.client.HTTPException):
+            if has_begun:
+                break
+        time.sleep(0.05)
+    return count
+
+
+def run_with_people(argv: list[str], port: int, choose) -> int:
+    """sd_demo.py in this process, while somebody answers; returns how many answers."""
+    counts = []
+    people = threading.Thread(
+        target=lambda: counts.append(answer_questions(port, choose)), daemon=True
+    )
+    people.start()
+    sd_demo.main([*argv, "--port", str(port)])
+    people.join(WAIT)
+    return counts[0]
+
+
+def prefer_plain(port: int, question: dict) -> int:
+    """What a person answers who likes the plainer image: the smaller JPEG."""
+    files = [io.BytesIO(request(port, "GET", url).body) for url in question["images"]]
+    sizes = [jpeg_kb(Image.open(file)) for file in files]
+    return int(np.sign(sizes[1] - sizes[0]))
+
+
+def last_metrics(run: Path) -> dict:
+    return json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+
+
+def lora_of(run: Path) -> bytes:
+    return (run / "lora" / "pytorch_lora_weights.safetensors").read_bytes()
+
+
+def test_a_run_asks_trains_and_ends(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(annotate, "FAREWELL_SECONDS", 0)
+    out = tmp_path / "run"
+    flags = "--objective tags --epochs 1 --pairs-per-epoch 2 --images-per-prompt 3 --num-steps 2"
+    argv = new_run(tiny, out, flags)
+    assert run_with_people(argv, free_port(), lambda *_: [True, False, False]) == 2
+    assert [row["bad"] for row in read_rows(out)] == [[True, False, False]] * 2
+    metrics = last_metrics(out)
+    assert metrics["accuracy"] is not None and metrics["loss"] > 0
+    assert metrics["score"] is metrics["eval_score"] is None
+    assert lora_of(out)
+
+
+@pytest.mark.slow
+def test_who_likes_plain_images_trains_the_weights_of_compressibility(tiny, start, tmp_path):
+    """And a kill -9 between the labels of the second epoch changes nothing."""
+    automatic, people, port = tmp_path / "automatic", tmp_path / "people", free_port()
+    flags = "--reference previous --objective"
+    sd_demo.main(new_run(tiny, automatic, f"{flags} compressibility"))
+    argv = new_run(tiny, people, f"{flags} human --watch compressibility")
+    process = start([*argv, "--port", str(port)])
+    assert answer_questions(port, prefer_plain, stop=6) == 6
+    kill(process)
+    assert len(read_rows(people)) == 6
+    assert run_with_people(["--resume", str(people)], port, prefer_plain) == 2
+
+    answers = {tuple(row["images"]): row["h"] for row in read_rows(people)}
+    assert answers == {tuple(row["images"]): row["h"] for row in read_rows(automatic)}
+    assert len(read_rows(people)) == 8 and set(answers.values()) >= {1, -1}
+    assert lora_of(people) == lora_of(automatic)
+    by_people, by_score = last_metrics(people), last_metrics(automatic)
+    assert by_people["watched"] == by_score["eval_score"]
+    assert by_people["score"] is by_people["eval_score"] is None
+    assert by_people["loss"] == by_score["loss"]
+    assert by_people["accuracy"] == by_score["accuracy"]
+    for name in ("reward_curve", "progress", "before_after"):
+        assert (people / f"{name}.png").exists()
+
+
+@pytest.mark.slow
+def test_labels_of_another_tool_train_without_a_page(tiny, start, tmp_path):
+    out, port = tmp_path / "run", free_port()
+    flags = "--objective tags --images-per-prompt 3 --pairs-per-epoch 2 --epochs 1"
+    process = start([*new_run(tiny, out, flags), "--port", str(port)])
+    until(lambda: is_serving(port))
+    kill(process)
+    questions = [json.loads(line) for line in (out / "questions.jsonl").read_text().splitlines()]
+    assert [len(row["images"]) for row in questions] == [3, 3] and not read_rows(out)
+
+    def write(*answers):
+        rows = [row | {"bad": bad} for row, bad in zip(questions, answers, strict=True)]
+        (out / "labels.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    resume = ["--resume", str(out), "--port", str(port)]
+    write([True, False, False], 1)
+    with pytest.raises(SystemExit, match="labels.jsonl, line 2: 'bad' is 1: .* 3 booleans"):
+        sd_demo.main(resume)
+    assert not (out / "checkpoint" / "state.pt").exists()
+
+    write([True, False, False], [True, False, False])
+    with socket.create_server(("127.0.0.1", port)):  # no page could open there
+        sd_demo.main(resume)
+    metrics = last_metrics(out)
+    assert metrics["labels"] == 2 and metrics["accuracy"] is not None and metrics["loss"] > 0
+
+    # what people saw is never replaced by another image
+    file = out / questions[0]["images"][0]
+    Image.new("RGB", (64, 64), "red").save(file)
+    (out / "checkpoint" / "state.pt").unlink()
+    with pytest.raises(SystemExit, match="cannot be sampled again as people saw it"):
+        sd_demo.main(resume)
+    assert Image.open(file).getpixel((0, 0)) == (255, 0, 0)
+
+
+@pytest.mark.slow
+def test_a_blind_test_shows_no_name_and_counts_wins(tiny, start, tmp_path):
+    out, port = tmp_path / "run", free_port()
+    sd_demo.main(new_run(tiny, out, "--objective compressibility --epochs 1"))
+    blind = ["--evaluate", str(out), "--objective", "human", "--eval-images", "5"]
+    seen = []
+
+    def choose(port, question):
+        seen.append(question)
+        return [1, -1, 0, None, 1][len(seen) - 1]
+
+    process = start([*blind, "--port", str(port)])
+    assert answer_questions(port, choose, stop=2) == 2
+    kill(process)
+    assert run_with_people(blind, port, choose) == 3  # goes on where it stopped
+    assert not any(word in json.dumps(seen) for word in ("tuned", "initial"))
+    assert len({question["left"] for question in seen}) == 2
+    result = json.loads((out / "evaluation.json").read_text())
+    assert result["objective"] == "human" and result["pairs"] == 5 and result["votes"] == 4
+    assert result["win_rate"] == pytest.approx((2 + 0.5 + 0.5) / 5)
+    assert result["more_than_half_of_votes"] == 2 / 5
+    low, high = result["win_rate_interval"]
+    assert low < 0.6 < high
+    assert (out / "evaluation.png").exists()
+
+
+@pytest.mark.slow
+def test_chromium_labels_an_epoch_and_the_next_one_appears(start, tmp_path):
+    """The emoji model; killed in the first epoch."""
+    out, port = tmp_path / "run", free_port()
+    model = ROOT / "toy" / "emoji_sd"
+    process = start([*new_run(model, out, "--objective human"), "--port", str(port)])
+    until(lambda: is_serving(port))
+    with open_tab(f"http://127.0.0.1:{port}/") as tab:
+
+        def wait_for(left):
+            script = "state.questions.filter(q => !q.answered).length"
+            tab.wait_for_function(f"left => {script} === left && !busy", arg=left)
+
+        def press(key, left):
+            wait_for(left)
+            tab.keyboard.press(key)
+
+        press("ArrowLeft", 4)
+        press("ArrowRight", 3)
+        wait_for(2)
+        kill(process)
+        tab.keyboard.press("ArrowLeft")
+        tab.get_by_text("--resume").wait_for()
+        assert len(read_rows(out)) == 2
+        process = start(["--resume", str(out), "--port", str(port)])
+        press(" ", 2)
+        press("s", 1)
+        tab.get_by_text("Training, epoch 1").wait_for()
+        press("ArrowLeft", 4)  # the second epoch
+        assert (out / "checkpoint" / "state.pt").exists()
+        for left in (3, 2, 1):
+            press("ArrowLeft", left)
+        tab.get_by_text("The run has finished").wait_for()
+        assert process.wait(WAIT) == 0, (tmp_path / "output.txt").read_text()
+        # no other problem than the time when the program was dead
+        assert all("CONNECTION_REFUSED" in problem for problem in tab.problems)
+    assert [row["epoch"] for row in read_rows(out)] == [1] * 4 + [2] * 4
+    assert [row["h"] for row in read_rows(out)[2:4]] == [0, None]

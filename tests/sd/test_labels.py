@@ -1,0 +1,304 @@
+"""Labels: the label file, what several people say together, and pairs for the losses."""
+
+import json
+import math
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import d3po
+from sd import labels
+from sd.labels import Label
+
+# Machines are busy at times
+examples = settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+PAIR = {
+    "epoch": 3,
+    "prompt": "a cat",
+    "images": ["images/a.png", "images/b.png"],
+    "scores": None,
+    "h": None,
+}
+TAGS = {
+    "epoch": 3,
+    "prompt": "a cat",
+    "images": ["images/a.png", "images/b.png", "images/c.png"],
+    "bad": None,
+}
+
+
+def read(tmp_path, text: str, *questions):
+    (tmp_path / "labels.jsonl").write_text(text)
+    return labels.read_labels(tmp_path / "labels.jsonl", list(questions))
+
+
+# The file
+
+
+def test_answers_are_read_by_annotator_and_the_last_one_counts(tmp_path):
+    answers = [
+        {"h": 1},
+        {"h": -1, "annotator": "Ann"},
+        {"h": None, "annotator": "Bob"},
+        {"h": 0},
+    ]
+    text = "".join(json.dumps(PAIR | answer) + "\n" for answer in answers)
+    other = PAIR | {"images": ["images/c.png", "images/d.png"]}
+    assert read(tmp_path, text, PAIR, other) == {
+        ("images/a.png", "images/b.png"): {None: 0, "Ann": -1, "Bob": None},
+        ("images/c.png", "images/d.png"): {},
+    }
+    tagged = TAGS | {"bad": [True, False, False]}
+    expected = {tuple(TAGS["images"]): {None: [True, False, False]}}
+    assert read(tmp_path, json.dumps(tagged) + "\n", TAGS) == expected
+    assert labels.read_labels(tmp_path / "none.jsonl", [PAIR]) == {tuple(PAIR["images"]): {}}
+
+
+def test_images_in_another_order_mean_the_same(tmp_path):
+    swapped = PAIR | {"images": PAIR["images"][::-1], "h": 1}
+    found = read(tmp_path, json.dumps(swapped) + "\n", PAIR)
+    assert found[tuple(PAIR["images"])] == {None: -1}
+    images = ["images/c.png", "images/a.png", "images/b.png"]
+    turned = TAGS | {"images": images, "bad": [True, False, False]}
+    found = read(tmp_path, json.dumps(turned) + "\n", TAGS)
+    assert found[tuple(TAGS["images"])] == {None: [False, False, True]}
+
+
+def test_earlier_epochs_are_passed_over_and_a_line_cut_short_is_dropped(tmp_path):
+    images = ["images/x.png", "images/y.png"]
+    old = json.dumps(PAIR | {"epoch": 2, "h": 1, "images": images}) + "\n"
+    new = json.dumps(PAIR | {"h": -1}) + "\n"
+    for cut in (new[:40], new[:-1], '{"'):
+        assert read(tmp_path, old + new + cut, PAIR) == {tuple(PAIR["images"]): {None: -1}}
+
+
+BAD_LINES = {
+    "not JSON": ("{'epoch': 3}", "not JSON"),
+    "empty": ("", "not JSON"),
+    "binary": ("\udcff", "not JSON"),
+    "too deep": ("[" * 100_000, "not JSON"),
+    "no object": ("[1, 2]", "object"),
+    "no epoch": ({"epoch": ...}, "'epoch' is missing"),
+    "no prompt": ({"prompt": ...}, "'prompt' is missing"),
+    "no images": ({"images": ...}, "'images' is missing"),
+    "no h": ({"h": ...}, "'h' is missing"),
+    "epoch as text": ({"epoch": "3"}, "'epoch' is '3'"),
+    "epoch true": ({"epoch": True}, "'epoch' is True"),
+    "epoch to come": ({"epoch": 4}, "asks nothing"),
+    "another prompt": ({"prompt": "a dog"}, "'a dog'"),
+    "an unknown image": ({"images": ["images/a.png", "images/z.png"]}, "images/z.png"),
+    "one image twice": ({"images": ["images/a.png", "images/a.png"]}, "asks nothing"),
+    "three of two": ({"images": PAIR["images"] + ["images/a.png"]}, "asks nothing"),
+    "images as numbers": ({"images": [0, 1]}, "asks nothing"),
+    "lists for images": ({"images": [[], []]}, "asks nothing"),
+    "h 2": ({"h": 2}, "'h' is 2"),
+    "h true": ({"h": True}, "'h' is True"),
+    "h 1.0": ({"h": 1.0}, "'h' is 1.0"),
+    "h as text": ({"h": "1"}, "'h' is '1'"),
+    "h NaN": ({"h": math.nan}, "'h' is nan"),
+    "h list": ({"h": [1]}, "'h' is"),
+    "annotator 5": ({"annotator": 5, "h": 1}, "'annotator' is 5"),
+}
+
+
+@pytest.mark.parametrize("what", BAD_LINES)
+def test_bad_lines_are_refused_with_file_and_line_number(tmp_path, what):
+    line, reason = BAD_LINES[what]
+    if isinstance(line, dict):
+        row = PAIR | {"h": 1} | line
+        line = json.dumps({key: value for key, value in row.items() if value is not ...})
+    good = json.dumps(PAIR | {"h": 1}) + "\n"
+    file = tmp_path / "labels.jsonl"
+    file.write_bytes((good + line + "\n").encode(errors="surrogateescape"))
+    with pytest.raises(labels.LabelError) as error:
+        labels.read_labels(file, [PAIR])
+    assert f"{file}, line 2: " in str(error.value) and reason in str(error.value)
+    assert len(str(error.value)) < 600
+
+
+@pytest.mark.parametrize("bad", [[True, False], [True] * 4, [1, 0, 0], "yes", True, [None] * 3, {}])
+def test_bad_tags_are_refused(tmp_path, bad):
+    with pytest.raises(labels.LabelError, match="line 1: 'bad' is .*3 booleans"):
+        read(tmp_path, json.dumps(TAGS | {"bad": bad}) + "\n", TAGS)
+    pair = {key: value for key, value in TAGS.items() if key != "bad"} | {"h": 1}
+    with pytest.raises(labels.LabelError, match="line 1: 'bad' is missing"):
+        read(tmp_path, json.dumps(pair) + "\n", TAGS)
+
+
+@examples
+@given(
+    lines=st.lists(
+        st.tuples(
+            st.sampled_from([None, "Ann", "Zoë"]),
+            st.booleans(),  # are the images swapped?
+            st.sampled_from([1, 0, -1, None]),
+        )
+    ),
+    cut=st.integers(0, 40),
+)
+def test_any_whole_file_is_read_back(tmp_path_factory, lines, cut):
+    expected, text = {}, ""
+    for annotator, swapped, h in lines:
+        images = PAIR["images"][::-1] if swapped else PAIR["images"]
+        row = PAIR | {"images": images, "h": h}
+        text += json.dumps(row if annotator is None else row | {"annotator": annotator}) + "\n"
+        expected[annotator] = -h if swapped and h else h
+    text += json.dumps(PAIR)[:cut]
+    found = read(tmp_path_factory.getbasetemp(), text, PAIR)
+    assert found == {tuple(PAIR["images"]): expected}
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner),
+    max_leaves=8,
+)
+
+
+@examples
+@given(
+    change=st.dictionaries(st.sampled_from(["epoch", "prompt", "images", "h", "annotator"]), JSON)
+)
+def test_any_json_is_a_label_or_a_label_error(tmp_path_factory, change):
+    text = json.dumps(PAIR | {"h": 1} | change) + "\n"
+    try:
+        ((answer),) = read(tmp_path_factory.getbasetemp(), text, PAIR)[
+            tuple(PAIR["images"])
+        ].values()
+    except labels.LabelError as error:
+        assert "labels.jsonl, line 1: " in str(error)
+    except ValueError as error:  # no answer: an earlier epoch
+        assert "unpack" in str(error) and change["epoch"] < 3
+    else:
+        assert answer in (1, 0, -1, None)
+
+
+@examples
+@given(noise=st.binary(max_size=60))
+def test_any_bytes_are_refused_or_cut_short(tmp_path_factory, noise):
+    file = tmp_path_factory.getbasetemp() / "noise.jsonl"
+    file.write_bytes(noise)
+    if b"\n" in noise:
+        with pytest.raises(labels.LabelError, match="noise.jsonl, line 1: "):
+            labels.read_labels(file, [PAIR])
+    else:
+        assert labels.read_labels(file, [PAIR]) == {tuple(PAIR["images"]): {}}
+        assert labels.whole_lines(file) == b""
+
+
+# Several people
+
+
+@pytest.mark.parametrize(
+    "votes, h",
+    [
+        ([1], 1),
+        ([-1], -1),
+        ([0], 0),
+        ([], 0),
+        ([None], 0),
+        ([None, -1], -1),
+        ([1, -1], 0),
+        ([1, 0], 0),
+        ([1, 1, -1], 1),
+        ([0, 0, 1], 0),
+        ([1, 0, -1], 0),
+        ([1, 1, -1, 0], 1),
+        ([1, 1, -1, -1, 0], 0),
+        ([-1, -1, None, 1], -1),
+    ],
+)
+def test_majority_of_pairs(votes, h):
+    assert labels.majority(PAIR, votes) == h
+    assert labels.majority(PAIR, votes[::-1]) == h
+
+
+def test_majority_of_tags():
+    a, b, c = [True, True, False], [True, False, False], [False, False, True]
+    assert labels.majority(TAGS, [a]) == a
+    assert labels.majority(TAGS, [a, b, c]) == [True, False, False]
+    assert labels.majority(TAGS, [a, b]) == [True, False, False]  # one of two is not more than half
+    assert labels.majority(TAGS, [a, None, None]) == a  # of those who answered
+    assert labels.majority(TAGS, [None]) == labels.majority(TAGS, []) == [False] * 3
+
+
+def test_kappa_by_hand():
+    # agreement 3/4; shares of the answers 5/8 and 3/8, so expected 34/64
+    kappa = labels.fleiss_kappa([[1, 1], [1, 1], [-1, -1], [1, -1]])
+    assert kappa == pytest.approx((3 / 4 - 34 / 64) / (1 - 34 / 64))
+    assert labels.fleiss_kappa([[1, 1], [0, 0], [-1, -1]]) == 1
+    assert labels.fleiss_kappa([[1, -1], [-1, 1]]) == -1
+    # unequal numbers of votes: agreement (1/3 + 1)/2, shares 3/5 and 2/5; one vote does not count
+    kappa = labels.fleiss_kappa([[1, 1, 0], [0, 0], [0], []])
+    assert kappa == pytest.approx((2 / 3 - 13 / 25) / (1 - 13 / 25))
+    for votes in ([[1, 1], [1, 1]], [[1]], []):
+        assert math.isnan(labels.fleiss_kappa(votes))
+
+
+def test_kappa_of_a_published_example():
+    # Fleiss (1971) as Wikipedia has it: 10 items, 14 raters, 5 answers, 0.210
+    counts = """0 0 0 0 14, 0 2 6 4 2, 0 0 3 5 6, 0 3 9 2 0, 2 2 8 1 1,
+                7 7 0 0 0, 3 2 6 3 0, 2 5 3 2 2, 6 5 2 1 0, 0 2 2 3 7"""
+    votes = []
+    for item in counts.split(","):
+        votes.append([answer for answer, n in enumerate(item.split()) for _ in range(int(n))])
+    assert labels.fleiss_kappa(votes) == pytest.approx(0.210, abs=5e-4)
+
+
+# Preferences and pairs
+
+
+def test_one_score_compares_as_d3po_does():
+    a, b = torch.randn(2, 50, generator=torch.Generator().manual_seed(0)).round()
+    assert torch.equal(labels.pareto_preference(a[None], b[None]), d3po.preference(a, b).long())
+
+
+def test_with_several_scores_only_dominance_counts():
+    cases = {
+        ((1, 1), (0, 0)): 1,
+        ((1, 0), (0, 0)): 1,
+        ((1, 0), (0, 1)): 0,
+        ((0, 0), (0, 0)): 0,
+        ((0, 0), (0, 2)): -1,
+    }
+    a, b = (torch.tensor([case[side] for case in cases]).T for side in (0, 1))
+    assert labels.pareto_preference(a, b).tolist() == list(cases.values())
+    assert labels.pareto_preference(b, a).tolist() == [-h for h in cases.values()]
+
+
+def pair(a: int, b: int, h: int) -> Label:
+    return Label([a, b], {"images": [f"k{a}", f"k{b}"], "h": h})
+
+
+def test_labels_become_pairs_of_their_chains():
+    asked = [pair(0, 1, 1), pair(0, 2, 0), pair(1, 2, -1), pair(3, 4, -1)]
+    assert labels.pairs_from_labels(asked).tolist() == [[0, 1], [2, 1], [4, 3]]
+
+
+def test_tags_become_pairs_of_their_own_group():
+    asked = [
+        Label([2, 1, 0], {"images": ["c", "d", "e"], "bad": [True, False, False]}),
+        Label([5, 4, 3], {"images": ["f", "g", "h"], "bad": [True] * 3}),
+    ]
+    assert labels.pairs_from_labels(asked).tolist() == [[1, 2], [0, 2]]
+
+
+@pytest.mark.parametrize(
+    "nothing", [[], [pair(0, 1, 0)], [Label([0, 1], {"images": ["a", "b"], "bad": [True, True]})]]
+)
+def test_without_a_preference_there_is_no_pair(nothing):
+    pairs = labels.pairs_from_labels(nothing)
+    assert pairs.shape == (0, 2) and pairs.dtype == torch.int64
+
+
+@examples
+@given(st.lists(st.integers(0, 2), min_size=6, max_size=6))
+def test_all_labels_of_groups_are_the_pairs_of_their_scores(values):
+    scores = torch.tensor(values, dtype=torch.float64)
+    asked = []
+    for a, b in ((0, 1), (0, 2), (1, 2), (3, 4), (3, 5), (4, 5)):  # groups of three
+        asked.append(pair(a, b, d3po.preference(scores[[a]], scores[[b]]).item()))
+    expected = d3po.pairs_from_scores(scores.view(2, 3)).tolist()
+    assert sorted(labels.pairs_from_labels(asked).tolist()) == sorted(expected)

@@ -1,0 +1,259 @@
+"""A pipeline as a policy: against diffusers' own pipeline and scheduler, and the UNet by hand."""
+
+import json
+import math
+import shutil
+
+import pytest
+import torch
+from accelerate import Accelerator
+from diffusers import DDIMScheduler, PNDMScheduler, StableDiffusionPipeline
+from peft.tuners.lora import LoraLayer
+from sd_helpers import PROMPTS, Loaded, make_pipeline, same_images
+
+import d3po
+from sd import model, options
+from sd.run_folder import Stream, generator
+
+
+def embeddings(text: torch.Tensor, numbers: list[int]) -> torch.Tensor:
+    """cond of these prompts: the empty one's embedding, and theirs."""
+    return torch.stack([text[[-1] * len(numbers)], text[numbers]], 1)
+
+
+def count_rows(unet) -> list[int]:
+    """How many rows each call of the UNet has from now on."""
+    rows = []
+    unet.register_forward_hook(lambda unet, inputs, output: rows.append(len(inputs[0])))
+    return rows
+
+
+# The policy
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_guidance_is_that_of_two_calls_but_takes_one(tiny, precision):
+    loaded, ticks = Loaded(tiny, f"--precision {precision}"), []
+    unet, text = loaded.model.pipe.unet, loaded.model.text
+    assert unet.dtype == text.dtype == model.DTYPES[precision]
+    loaded.model.policy.on_call = lambda: ticks.append(1)
+    x, time, chosen = torch.randn(3, 4, 16, 16), torch.tensor([900, 900, 900]), [1, 3, 4]
+    x[1] = x[0]  # equal rows go through the UNet all the same
+    rows = count_rows(unet)
+    with torch.no_grad():
+        out = loaded.model.policy(x, time, embeddings(text, chosen))
+        assert rows == [6] and len(ticks) == 1
+        empty, prompted = (
+            unet(x.to(unet.dtype), time, text[numbers]).sample.float()
+            for numbers in ([-1] * 3, chosen)
+        )
+    assert out.dtype == torch.float32
+    # bf16 has three digits; guidance trebles the error
+    tolerance = 1e-5 if precision == "fp32" else 0.03
+    expected = empty + 3 * (prompted - empty)
+    torch.testing.assert_close(out, expected, atol=tolerance, rtol=0)
+    assert (prompted - empty).abs().max() > 2 * tolerance  # so the test sees the guidance
+
+
+def test_at_scale_1_the_empty_prompt_is_left_out(tiny):
+    loaded = Loaded(tiny, "--guidance-scale 1")
+    unet, text = loaded.model.pipe.unet, loaded.model.text
+    x, time = torch.randn(2, 4, 16, 16), torch.tensor([900, 300])
+    rows = count_rows(unet)
+    with torch.no_grad():
+        out = loaded.model.policy(x, time, embeddings(text, [1, 3]))
+        assert torch.equal(out, unet(x, time, text[[1, 3]]).sample)
+    assert rows == [2, 2]
+
+
+def test_v_prediction_becomes_the_epsilon_of_diffusers(tmp_path):
+    pipe, v = make_pipeline(), {"prediction_type": "v_prediction"}
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, **v)
+    pipe.save_pretrained(tmp_path)
+    loaded = Loaded(tmp_path).model
+    x, cond = torch.randn(2, 4, 16, 16), embeddings(loaded.text, [1, 3])
+    for i, t in enumerate(loaded.schedule.timesteps):
+        with torch.no_grad():
+            mean = d3po.policy_mean(loaded.policy, loaded.schedule, i, x, cond)
+            empty, prompted = (loaded.pipe.unet(x, t, text).sample for text in cond.unbind(1))
+        v, noise = empty + 3 * (prompted - empty), torch.zeros_like(x)
+        step = loaded.pipe.scheduler.step(v, t, x, eta=1.0, variance_noise=noise)
+        torch.testing.assert_close(mean, step.prev_sample, atol=1e-5, rtol=1e-5)
+
+
+def test_the_lora_is_back_on_after_an_error(tiny):
+    loaded = Loaded(tiny)
+    loaded.update(loaded.sample(), [[0, 1], [3, 2]])
+    unet, text = loaded.model.pipe.unet, loaded.model.text
+    x, time, cond = torch.randn(1, 4, 16, 16), torch.tensor([900]), embeddings(text, [1])
+    with torch.no_grad():
+        tuned = loaded.model.sampler(x, time, cond)
+        with pytest.raises(RuntimeError, match="no luck"), model.lora_off(unet):
+            untrained = loaded.model.sampler(x, time, cond)
+            raise RuntimeError("no luck")
+        assert torch.equal(loaded.model.sampler(x, time, cond), tuned)
+        with pytest.raises(RuntimeError):  # of the UNet itself, as where memory runs out
+            loaded.model.reference(x[:, :3], time, cond)
+        assert torch.equal(loaded.model.sampler(x, time, cond), tuned)
+        assert torch.equal(loaded.model.reference(x, time, cond), untrained)
+    assert not torch.equal(tuned, untrained)
+
+
+# Sampling
+
+
+def as_ddim(pipe: StableDiffusionPipeline, **changes) -> StableDiffusionPipeline:
+    """With the scheduler that sd_demo.py samples with."""
+    changes |= {"set_alpha_to_one": False, "clip_sample": False}
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, **changes)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def stock_images(pipe, args, prompts: list[str], *, K: int, noise: torch.Generator) -> list:
+    """Of the pipeline itself: diffusers draws the noise of the steps as d3po.rollout does."""
+    side = pipe.unet.config.sample_size
+    x_T = torch.randn(len(prompts), 4, side, side, generator=noise).repeat_interleave(K, 0)
+    return pipe(
+        [prompt for prompt in prompts for _ in range(K)],
+        latents=x_T,
+        generator=noise,
+        eta=args.eta,
+        num_inference_steps=args.num_steps,
+        guidance_scale=args.guidance_scale,
+    ).images
+
+
+VARIANTS = {  # changes of the scheduler
+    "SD 1.5": {},
+    "v": {"prediction_type": "v_prediction"},
+    "PNDM": {"skip_prk_steps": True},
+    "linspace": {"timestep_spacing": "linspace"},  # its last step would be from model time 0
+    "trailing": {"timestep_spacing": "trailing", "set_alpha_to_one": True},
+    "8x8": {},
+    "eta": {},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_images_are_those_of_the_stock_pipeline(tmp_path, variant, capsys):
+    pipe = make_pipeline(**({"sample_size": 8} if variant == "8x8" else {}))
+    scheduler = PNDMScheduler if variant == "PNDM" else DDIMScheduler
+    pipe.scheduler = scheduler.from_config(pipe.scheduler.config, **VARIANTS[variant])
+    pipe.save_pretrained(tmp_path)
+    loaded = Loaded(tmp_path, "--eta 0.5" if variant == "eta" else "")
+    is_replaced = variant in ("PNDM", "trailing")
+    assert ("Scheduler: DDIM" in capsys.readouterr().out) == is_replaced
+    batch = loaded.sample((1, 3), 2, 1, 2)
+    prompts = [PROMPTS[n] for n in (1, 3)]
+    assert batch.prompts == [prompts[0]] * 2 + [prompts[1]] * 2
+    assert batch.groups == [range(0, 2), range(2, 4)]
+    changes = {"timestep_spacing": "leading"} if variant == "linspace" else {}
+    pipe = as_ddim(StableDiffusionPipeline.from_pretrained(tmp_path), **changes)
+    images = stock_images(pipe, loaded.args, prompts, K=2, noise=generator(0, 1, 2))
+    assert images[0].size == ((32, 32) if variant == "8x8" else (64, 64))
+    assert same_images(batch.images, images)
+    assert not same_images(images[:1], images[1:2], 3)  # one x_T, but other noise on the way
+
+
+def test_the_chains_of_a_group_start_alike_and_part(tiny):
+    batch = Loaded(tiny).sample((1, 3), 3)
+    start, end = (state.view(2, 3, -1) for state in batch.trajectory.x[[0, -1]])
+    assert torch.equal(start[:, 0], start[:, 1]) and torch.equal(start[:, 0], start[:, 2])
+    assert not torch.equal(start[0], start[1])
+    assert len({tuple(chain.tolist()) for chain in end.flatten(0, 1)}) == 6
+
+
+def test_held_out_images_have_the_prompts_in_turn_and_fixed_noises(tiny):
+    loaded = Loaded(tiny, "--eval-images 7 --seed 3")
+    args, sampler = loaded.args, loaded.model.sampler
+    images, prompts = model.sample_held_out(loaded.model, sampler, args, stream=Stream.HELD_OUT)
+    assert prompts == [*PROMPTS, *PROMPTS[:2]] and len(images) == 7
+    other = model.sample_held_out(loaded.model, sampler, args, stream=Stream.EVALUATION)[0]
+    assert not same_images(images[:1], other[:1], 3)
+    # in batches of --batch-size times K images, each with its number as a seed
+    part = loaded.sample((4, 0, 1), 1, Stream.HELD_OUT, 4)
+    assert same_images(part.images, images[4:], 0)
+
+
+# The LoRA
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_lora_is_float32_on_queries_keys_and_values_alone(tiny, precision):
+    loaded = Loaded(tiny, f"--precision {precision} --lora-rank 3").model
+    unet = loaded.pipe.unet
+    adapted = {name for name, part in unet.named_modules() if isinstance(part, LoraLayer)}
+    plain = StableDiffusionPipeline.from_pretrained(tiny).unet
+    layers = {name for name, _ in plain.named_modules() if name.endswith(("to_q", "to_k", "to_v"))}
+    assert adapted == layers and len(loaded.lora) == 2 * len(layers)
+    assert {weight.dtype for weight in loaded.lora} == {torch.float32}
+    assert all(3 in weight.shape for weight in loaded.lora)
+    trained = {name for name, weight in unet.named_parameters() if weight.requires_grad}
+    assert len(trained) == len(loaded.lora) and all(".lora_" in name for name in trained)
+    for part in (loaded.pipe.vae, loaded.pipe.text_encoder):
+        assert not any(weight.requires_grad for weight in part.parameters())
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_before_training_the_policy_is_the_reference_exactly(tiny, precision):
+    loaded = Loaded(tiny, f"--precision {precision}")
+    batch = loaded.sample()
+    reference = loaded.reference_log_prob(batch)
+    assert reference.dtype == torch.float32
+    assert torch.equal(reference, loaded.log_prob(batch))
+    assert torch.equal(reference, batch.trajectory.log_prob)
+    losses = d3po.d3po_losses(
+        loaded.model.policy,
+        loaded.model.schedule,
+        batch.trajectory,
+        pairs=torch.tensor([[0, 1]]),
+        beta=0.05,
+        ref_log_prob=reference,
+        cond=batch.cond,
+    )
+    # Two of four chains in a batch: float32 rounds sums of 1,024 terms otherwise, by 1e-3 nats
+    tolerance = 1e-4 if precision == "fp32" else 0.05
+    assert next(losses).item() == pytest.approx(math.log(2), abs=tolerance)
+
+
+# Models that are refused
+
+
+def refusal(folder, **changes) -> str:
+    args = options.parse(["--objective", "compressibility", "--model", str(folder)])[1]
+    for name, value in changes.items():
+        setattr(args, name, value)
+    with pytest.raises(ValueError) as error:
+        model.load_model(args, PROMPTS, Accelerator())
+    return str(error.value)
+
+
+def test_a_model_that_is_not_there_or_no_pipeline_is_refused(tmp_path):
+    for name in ("nobody/nothing", "no/such/folder/at/all"):
+        message = refusal(name)
+        assert f"--model {name} cannot be loaded: it needs network access" in message
+        assert "\n" not in message
+    assert "give another folder" in refusal(tmp_path)
+
+
+def test_a_pipeline_of_another_kind_is_refused(tiny, tmp_path):
+    folder = shutil.copytree(tiny, tmp_path / "other")
+    index = json.loads((tiny / "model_index.json").read_text())
+    index["_class_name"] = "StableDiffusionImg2ImgPipeline"
+    (folder / "model_index.json").write_text(json.dumps(index))
+    assert "it is a StableDiffusionImg2ImgPipeline, and" in refusal(folder)
+
+
+def test_a_model_that_predicts_x_0_is_refused(tiny, tmp_path):
+    folder = shutil.copytree(tiny, tmp_path / "other")
+    file = folder / "scheduler" / "scheduler_config.json"
+    config = json.loads(file.read_text()) | {"prediction_type": "sample"}
+    file.write_text(json.dumps(config))
+    assert "predicts x_0: give one that predicts epsilon or v" in refusal(folder)
+
+
+def test_steps_and_noise_that_a_schedule_cannot_have_are_refused(tiny):
+    assert "1000 noise levels" in refusal(tiny, num_steps=1000)
+    assert "2000" in refusal(tiny, num_steps=2000)
+    assert "eta = 1.5: choose 0 < eta <= 1" in refusal(tiny, eta=1.5)

@@ -1,0 +1,73 @@
+"""compare.py end to end with tiny budgets, its resume, and its committed numbers."""
+
+import json
+import math
+
+import pytest
+
+from toy import compare
+from toy.compare import METHODS, RESULTS
+
+
+@pytest.mark.slow
+def test_quick_leaves_numbers_table_and_figures_and_a_second_start_repeats_no_run(
+    tmp_path, monkeypatch
+):
+    """One method that knows labels, one that knows scores; other processes, then none."""
+    names = ("whole chain, bridged pairs", "DPOK")
+    monkeypatch.setattr(compare, "METHODS", {name: METHODS[name] for name in names})
+    compare.main(["--quick", "--processes", "2", "--work", str(tmp_path)])
+    result = json.loads((tmp_path / "compare.json").read_text())
+    assert set(result["methods"]) == set(names)
+    for name, method in result["methods"].items():
+        assert method["failed"] == 0
+        assert method["curve"][-1]["labels"] == 48  # every method sees the same number of pairs
+        assert math.isfinite(method["final"]["share"]["mean"])
+        assert f"| {name} |" in (tmp_path / "compare.md").read_text()
+    for figure in ("compare_score.png", "compare_frontier.png", "compare_samples.png"):
+        assert (tmp_path / figure).read_bytes().startswith(b"\x89PNG")
+
+    times = {path: path.stat().st_mtime_ns for path in tmp_path.glob("r*_*")}
+    assert len(times) == 2 + 2 * 2  # references, and runs of the sweep and after it
+    files = [tmp_path / f"compare{end}" for end in (".json", ".md", "_samples.png")]
+    first = [path.read_bytes() for path in files]
+    compare.main(["--quick", "--processes", "1", "--work", str(tmp_path)])
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("r*_*")} == times
+    assert [path.read_bytes() for path in files] == first
+
+
+@pytest.mark.parametrize(
+    "flags",
+    ["--beta 0", "--pairs 0", "--epochs 0", "--num-steps 1000", "--processes 0", "--method DDPO"],
+)
+def test_bad_input_is_refused_in_one_sentence(flags, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        compare.main([*flags.split(), "--work", str(tmp_path)])
+    assert stop.value.code == 2
+    usage, error = capsys.readouterr().err.splitlines()
+    assert usage.startswith("usage: ") and flags.split()[0].strip("-")[:3] in error
+
+
+def test_a_folder_that_cannot_be_made_is_refused(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit) as stop:
+        compare.main(["--work", str(tmp_path / "file" / "work")])
+    assert stop.value.code == 2 and "choose another --work" in capsys.readouterr().err
+
+
+def test_a_failed_run_never_wins_a_sweep():
+    good = {"curve": [{"share": -3.0}]}
+    failed = {"curve": [{"share": 0.9}], "failed": "epoch 3: the loss is not finite any more"}
+    assert compare.final_share(failed) < -3
+    assert compare.final_share({"curve": [{"share": math.nan}]}) < compare.final_share(good)
+
+
+def test_the_committed_comparison_is_the_one_this_code_makes():
+    result = json.loads((RESULTS / "compare.json").read_text())
+    assert set(result["methods"]) == set(METHODS) and tuple(result["seeds"]) == compare.SEEDS
+    assert compare.table(result) == (RESULTS / "compare.md").read_text()
+    for name, method in result["methods"].items():
+        tried = {(row["lr"], row["hyperparameter"]) for row in method["sweep"]}
+        grid = (compare.STEP_SIZES[METHODS[name].update_every], METHODS[name].values)
+        assert tried == {(lr, value) for lr in grid[0] for value in grid[1]}
+        assert list(method["hyperparameter"]) == [METHODS[name].hyperparameter]

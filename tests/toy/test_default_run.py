@@ -1,0 +1,77 @@
+"""`python toy/train_toy.py` with no flag keeps the promises of the README: one training, 30 s."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import d3po
+from toy import ddpm, optimum, train_toy, worlds
+
+RING = worlds.MIXTURES["ring"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    out = tmp_path_factory.mktemp("default") / "run"
+    train_toy.main(["--out", str(out)])
+    return out
+
+
+def test_it_keeps_its_promises(run):
+    """Promises of the README for five seeds, counted here from the stored points of one."""
+    config = json.loads((run / "config.json").read_text())
+    samples = np.load(run / "samples.npz")
+    score = worlds.SCORES[config["preference"]]
+    before, after = (score(torch.tensor(samples[name][-1])) for name in ("before", "after"))
+    on_data = worlds.on_data(RING, torch.tensor(samples["after"][-1]))
+    # 4,000 samples err by 0.006 at most
+    assert on_data.float().mean() >= 0.95
+    gain = config["optimum"]["score_star"] - before.mean()
+    assert (after.mean() - before.mean()) / gain >= 0.70
+    assert (after > before).float().mean() >= 0.85
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert len(rows) == config["epochs"]
+    assert rows[-1]["attained_share"] >= 0.90  # 0.95 here; 256 chains err by 0.01
+
+
+def test_its_share_is_that_of_quadrature(run):
+    """The stored policy, by an evaluation that samples nothing, against the last of the log."""
+    schedule = d3po.make_schedule(worlds.ALPHA_BARS, 20)
+    policy = ddpm.Adapter(ddpm.MLP(ddpm.data_variance(RING)), schedule, RING)
+    policy.load_state_dict(torch.load(run / "policy.pt"))
+    numbers = json.loads((run / "config.json").read_text())["optimum"]
+    score, kl = optimum.evaluate(
+        policy, policy.reference, schedule, score=worlds.reach, spacing=0.1
+    )
+    share = (score - 0.3 * kl - numbers["j_ref"]) / (numbers["j_gauss"] - numbers["j_ref"])
+    last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    assert share == pytest.approx(last["attained_share"], abs=0.05)
+    assert share >= 0.90
+
+
+def test_the_learned_reference_samples_the_ring(run):
+    x = torch.tensor(np.load(run / "samples.npz")["before"][-1])
+    assert worlds.on_data(RING, x).float().mean() >= 0.95  # 0.959 here, with error 0.003
+    share = torch.cdist(x, RING.means).argmin(1).bincount(minlength=8) / len(x)
+    assert (share - 1 / 8).abs().max() < 0.03  # the error of a share is 0.005
+
+
+def test_the_learned_reference_is_close_to_the_exact_denoiser(run):
+    """Its training loss exceeds the exact denoiser's by the mean of |eps_theta - eps|^2."""
+    learned = ddpm.MLP(ddpm.data_variance(RING))
+    prefix = "reference.denoiser."
+    stored = torch.load(run / "policy.pt").items()
+    learned.load_state_dict({k.removeprefix(prefix): v for k, v in stored if prefix in k})
+    n, generator = 20_000, torch.Generator().manual_seed(9)
+    x_0 = worlds.sample_data(RING, n, generator)
+    noise = torch.randn(n, 2, generator=generator)
+    for time in d3po.make_schedule(worlds.ALPHA_BARS, 20).timesteps.tolist():
+        ab = worlds.ALPHA_BARS[time]
+        x = ab.sqrt() * x_0 + (1 - ab).sqrt() * noise
+        times = torch.full((n,), time)
+        with torch.no_grad():
+            excess = (learned(x, times) - worlds.exact_denoiser(RING)(x, times)).square().mean()
+        assert math.sqrt(excess) < 0.1, time  # a tenth of the noise, whose variance is 1

@@ -1,0 +1,45 @@
+"""Nothing that a program of the toy wrote is lost, whatever happens during a write."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from toy.files import append_lines, write_json, write_tensors
+
+
+def test_writing_replaces_the_old_file_and_leaves_nothing_else(tmp_path):
+    for n in (1, 2):
+        write_json(tmp_path / "a.json", {"n": n})
+        write_tensors(tmp_path / "a.pt", {"n": torch.tensor(n)})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"n": 2}
+    assert torch.load(tmp_path / "a.pt") == {"n": torch.tensor(2)}
+    assert {path.name for path in tmp_path.iterdir()} == {"a.json", "a.pt"}
+
+
+def test_a_failure_while_writing_leaves_the_old_file(tmp_path, monkeypatch):
+    write_json(tmp_path / "a.json", {"n": 1})
+    write_tensors(tmp_path / "a.pt", {"n": torch.tensor(1)})
+
+    def disk_full(content, path):
+        Path(path).write_bytes(b"half a fi")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", disk_full)
+    monkeypatch.setattr(Path, "write_text", lambda path, text: disk_full(text, path))
+    with pytest.raises(OSError, match="No space"):
+        write_tensors(tmp_path / "a.pt", {"n": torch.tensor(2)})
+    with pytest.raises(OSError, match="No space"):
+        write_json(tmp_path / "a.json", {"n": 2})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"n": 1}
+    assert torch.load(tmp_path / "a.pt") == {"n": torch.tensor(1)}
+
+
+def test_rows_are_appended_one_a_line_and_on_disk_at_once(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    append_lines(path, [{"n": 1}, {"n": 2}])
+    append_lines(path, [])
+    append_lines(path, [{"n": 3}])
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert rows == [{"n": 1}, {"n": 2}, {"n": 3}]

@@ -1,0 +1,359 @@
+"""The command line: what it refuses, what a run leaves behind, and when it stops."""
+
+import json
+import math
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import d3po
+from toy import ddpm, optimum, plots, train_toy, worlds
+
+KEYS = "epoch score kl win_rate on_data attained_share accuracy margin loss labels".split()
+FILES = {"config.json", "metrics.jsonl", "labels.jsonl", "policy.pt", "samples.npz", "toy.png"}
+EPOCHS, PAIRS = 3, 8
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_world():
+    """A reference trained for 30 steps, a coarse grid, few final chains: a run learns nothing."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_toy, "pretrain", partial(ddpm.pretrain, steps=30))
+        patch.setattr(optimum, "solve", partial(optimum.solve, spacing=0.2))
+        patch.setattr(train_toy, "SAMPLES", 100)
+        yield
+
+
+def run(out, *flags, figure=False):
+    small = f"--epochs {EPOCHS} --pairs {PAIRS} --num-steps 4 --out {out}"
+    with pytest.MonkeyPatch.context() as patch:
+        if not figure:  # it takes longer than such a run
+            patch.setattr(plots, "draw_run", lambda run: "not drawn")
+        train_toy.main([*small.split(), *flags])
+    return out
+
+
+def strict(line):
+    """Parse JSON as other programs do, which know no NaN and no Infinity."""
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is not JSON")
+
+    return json.loads(line, parse_constant=refuse)
+
+
+def rows(path):
+    return [strict(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return run(tmp_path_factory.mktemp("runs") / "tiny", figure=True)
+
+
+# Refusals
+
+
+def refused(capsys, *flags):
+    """The sentence that a refused command prints, after one line of usage."""
+    with pytest.raises(SystemExit) as stop:
+        train_toy.main(list(flags))
+    assert stop.value.code == 2
+    usage, error = capsys.readouterr().err.splitlines()
+    assert usage.startswith("usage: train_toy.py") and error.startswith("train_toy.py: error: ")
+    return error
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ("--eta 0", "eta density noise"),
+        ("--eta -0.5", "eta"),
+        ("--eta 1.5", "eta"),
+        ("--eta nan", "eta"),
+        ("--beta 0", "--beta positive"),
+        ("--beta -0.1", "--beta positive"),
+        ("--beta nan", "--beta"),
+        ("--lr 0", "--lr positive"),
+        ("--lr inf", "--lr"),
+        ("--num-steps 1000", "1000 999"),
+        ("--num-steps 5000", "5000 999"),
+        ("--num-steps 0", "0 999"),
+        ("--num-steps -3", "-3 999"),
+        ("--epochs -1", "--epochs -1"),
+        ("--epochs 0", "--epochs 0"),
+        ("--epochs 2.5", "--epochs 2.5"),
+        ("--pairs 0", "--pairs 0"),
+        ("--seed -1", "--seed -1"),
+        ("--replay -1", "--replay -1"),
+        ("--preference beauty", "--preference beauty reach direction avoid"),
+        ("--mixture moons", "--mixture moons ring grid islands"),
+        ("--labels guess", "--labels guess bradley-terry greedy"),
+        ("--loss ppo", "--loss ppo eq14 eq12 chain"),
+        ("--reference none", "--reference none learned exact"),
+        ("--ep 3", "--ep"),
+        ("stray", "stray"),
+        ("--out .", "--out ."),
+    ],
+)
+def test_bad_input_is_refused_in_one_sentence(flags, words, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    error = refused(capsys, *flags.split())
+    for word in words.split():  # what was wrong, and what is possible
+        assert word in error, error
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("below", ["", "run", "deep/run"])
+def test_an_unwritable_folder_is_refused_before_anything_is_trained(
+    below, capsys, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(train_toy, "pretrain", None)
+    (tmp_path / "file").write_text("")
+    error = refused(capsys, "--out", str(tmp_path / "file" / below))
+    assert "--out" in error and str(tmp_path / "file") in error
+
+
+@pytest.mark.slow  # it starts a process
+def test_as_a_script_from_another_folder(tmp_path):
+    command = [sys.executable, Path(train_toy.__file__), "--eta", "0"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.count("\n") == 2 and "Traceback" not in done.stderr
+
+
+# What a run leaves behind
+
+
+def test_a_run_leaves_its_folder(tiny):
+    assert {path.name for path in tiny.iterdir()} == FILES
+    config = strict((tiny / "config.json").read_text())
+    assert config["epochs"] == EPOCHS and config["pairs"] == PAIRS and config["num_steps"] == 4
+    assert config["out"] == str(tiny)
+    assert {"mixture", "preference", "labels", "reference", "eta", "loss"} <= set(config)
+    assert {"beta", "lr", "replay", "seed", "git_revision", "optimum"} <= set(config)
+    assert config["versions"]["torch"] == torch.__version__
+    assert {"j_ref", "j_gauss", "j_star", "score_star", "kl_star"} <= set(config["optimum"])
+
+
+def test_metrics_have_the_keys_of_the_design(tiny):
+    metrics = rows(tiny / "metrics.jsonl")
+    assert [list(row) for row in metrics] == [KEYS] * EPOCHS
+    assert [row["epoch"] for row in metrics] == [1, 2, 3]
+    assert [row["labels"] for row in metrics] == [PAIRS, 2 * PAIRS, 3 * PAIRS]
+    shares = [row[name] for row in metrics for name in ("win_rate", "on_data", "accuracy")]
+    assert all(0 <= share <= 1 for share in shares)
+    # the first chains are the reference's
+    assert metrics[0]["margin"] == 0 and metrics[0]["accuracy"] == 0.5
+
+
+def test_the_first_update_has_the_loss_of_a_policy_that_is_the_reference(tmp_path):
+    out = run(tmp_path / "run", "--replay", "0", "--epochs", "1")
+    (row,) = rows(out / "metrics.jsonl")
+    assert row["loss"] == pytest.approx(math.log(2), abs=1e-4)  # float32 log-probs of two passes
+
+
+def test_every_comparison_is_a_row(tiny):
+    labels = rows(tiny / "labels.jsonl")
+    assert [row["epoch"] for row in labels] == [epoch for epoch in (1, 2, 3) for _ in range(PAIRS)]
+    score = worlds.SCORES[strict((tiny / "config.json").read_text())["preference"]]
+    for row in labels:
+        assert set(row) == {"epoch", "points", "scores", "h"} and row["h"] in (1, -1)
+        assert row["scores"] == pytest.approx(score(torch.tensor(row["points"])).tolist())
+
+
+def test_greedy_labels_are_the_better_score(tmp_path):
+    for row in rows(run(tmp_path / "run", "--labels", "greedy") / "labels.jsonl"):
+        assert row["h"] == np.sign(row["scores"][0] - row["scores"][1])
+
+
+def test_the_stored_weights_are_the_policy_of_the_stored_samples(tiny):
+    """Before and after were sampled with the same noises: each network finds them in its chains."""
+    mixture, schedule = worlds.MIXTURES["ring"], d3po.make_schedule(worlds.ALPHA_BARS, 4)
+    policy = ddpm.Adapter(ddpm.MLP(ddpm.data_variance(mixture)), schedule, mixture)
+    policy.requires_grad_(False).load_state_dict(torch.load(tiny / "policy.pt"))
+    samples = np.load(tiny / "samples.npz")
+
+    def noises(denoiser, name):
+        x = torch.tensor(samples[name])
+        means = torch.stack([d3po.policy_mean(denoiser, schedule, i, x[i]) for i in range(4)])
+        return (x[1:] - means) / schedule.sigma[:, None, None]
+
+    before, after = noises(policy.reference, "before"), noises(policy, "after")
+    # float32 actions of size 3, rounded by 2e-7, over the smallest sigma, 0.007; training shifted
+    # means by 0.01 sigma
+    torch.testing.assert_close(after, before, rtol=0, atol=2e-4)
+
+
+def test_training_leaves_the_reference_alone(tiny):
+    torch.manual_seed(strict((tiny / "config.json").read_text())["seed"])
+    reference, stored = train_toy.pretrain(worlds.MIXTURES["ring"]), torch.load(tiny / "policy.pt")
+    for name, value in reference.state_dict().items():
+        assert torch.equal(stored[f"reference.denoiser.{name}"], value)
+
+
+def test_the_table_is_that_of_the_samples(tmp_path, capsys):
+    out = run(tmp_path / "run", "--preference", "direction")
+    lines = capsys.readouterr().out.splitlines()
+    line = next(line for line in lines if line.startswith("mean score"))
+    before, after, *best = map(float, line.split()[2:])
+    samples = np.load(out / "samples.npz")
+    numbers = strict((out / "config.json").read_text())["optimum"]
+    assert before == pytest.approx(numbers["j_ref"], abs=6e-4)  # three digits
+    assert after == pytest.approx(samples["after"][-1].sum(1).mean() / math.sqrt(2), abs=6e-4)
+    assert best == pytest.approx([numbers["score_gauss"], numbers["score_star"]], abs=6e-4)
+    for name in ("before", "after", "optimum"):
+        assert samples[name].shape == (5, 100, 2)
+    assert np.array_equal(samples["before"][0], samples["after"][0])  # the same x_T
+
+
+def test_the_same_seed_gives_the_same_bytes(tiny, tmp_path):
+    again, other = run(tmp_path / "again"), run(tmp_path / "other", "--seed", "1")
+    for name in ("metrics.jsonl", "labels.jsonl"):
+        assert (again / name).read_bytes() == (tiny / name).read_bytes()
+        assert (other / name).read_bytes() != (tiny / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--loss eq14",
+        "--loss eq12",
+        "--loss chain",
+        "--replay 0",
+        "--replay 2",
+        "--reference exact",
+        "--mixture grid --preference avoid",
+        "--mixture islands --eta 0.3",
+        "--num-steps 1",
+    ],
+)
+def test_other_choices_run_the_same_loop(flags, tiny, tmp_path):
+    out = run(tmp_path / "run", *flags.split())
+    assert {path.name for path in out.iterdir()} == FILES - {"toy.png"}
+    assert [list(row) for row in rows(out / "metrics.jsonl")] == [KEYS] * EPOCHS
+    config, default = (strict((folder / "config.json").read_text()) for folder in (out, tiny))
+    same = (out / "metrics.jsonl").read_bytes() == (tiny / "metrics.jsonl").read_bytes()
+    assert same == (config | {"out": None} == default | {"out": None})  # a flag counts
+    data = torch.tensor(np.load(out / "samples.npz")["data"])
+    near = worlds.on_data(worlds.MIXTURES[config["mixture"]], data)
+    assert near.float().mean() > 0.93  # 0.989 of 100: 5 sd
+
+
+@pytest.mark.parametrize(
+    "name, steps", [("eq14", [0, 1, 2, 3]), ("eq12", [0]), ("chain", [0, 1, 2, 3])]
+)
+def test_each_loss_trains_its_steps(name, steps):
+    schedule, times = d3po.make_schedule(worlds.ALPHA_BARS, 4), []
+    slope = torch.ones((), requires_grad=True)
+
+    def policy(x, time, cond=None):
+        if torch.is_grad_enabled():
+            times.append(int(time[0]))
+        return slope * x
+
+    trajectory = d3po.rollout(policy, schedule, torch.randn(2, 2))
+    pairs, function = torch.tensor([[0, 1]]), train_toy.LOSSES[name].function
+    losses = function(policy, schedule, trajectory, pairs, 1.0, trajectory.log_prob)
+    assert len(list(losses)) == len(steps)
+    assert sorted(times, reverse=True) == schedule.timesteps[steps].tolist()
+
+
+def test_runs_that_are_there_are_kept_aside(tmp_path, capsys):
+    out = tmp_path / "some" / "run"
+    metrics = []
+    for seed in (1, 2, 3):
+        run(out, "--seed", str(seed), "--epochs", "1")
+        (out / "notes.txt").write_text(f"seed {seed}")
+        metrics.append((out / "metrics.jsonl").read_bytes())
+    assert len(set(metrics)) == 3
+    for name, seed in (("run.1", 1), ("run.2", 2), ("run", 3)):
+        folder = out.with_name(name)
+        assert strict((folder / "config.json").read_text())["seed"] == seed
+        assert (folder / "metrics.jsonl").read_bytes() == metrics[seed - 1]
+        assert (folder / "notes.txt").read_text() == f"seed {seed}"
+    assert "that one is now run.2" in capsys.readouterr().out
+
+
+def test_other_files_in_the_folder_stay_and_no_git_is_no_revision(tmp_path, monkeypatch):
+    (tmp_path / "notes.txt").write_text("mine")
+    monkeypatch.setenv("PATH", "")
+    out = run(tmp_path, "--epochs", "1")
+    assert (out / "notes.txt").read_text() == "mine"
+    assert strict((out / "config.json").read_text())["git_revision"] is None
+
+
+# What is not finite
+
+
+def stopped(out, *flags):
+    """The message of a run that stops."""
+    with pytest.raises(SystemExit) as stop:
+        run(out, *flags)
+    assert stop.value.code not in (0, None)
+    return str(stop.value.code)  # Python prints it and exits with code 1
+
+
+def assert_finite(path):
+    assert all(value.isfinite().all() for value in torch.load(path).values())
+
+
+def break_loss(monkeypatch, broken):
+    """Make the default loss NaN whenever broken() says so."""
+    loss = train_toy.LOSSES["chain"]
+
+    def function(*args):
+        factor = math.nan if broken() else 1
+        return (factor * piece for piece in loss.function(*args))
+
+    monkeypatch.setitem(train_toy.LOSSES, "chain", loss._replace(function=function))
+
+
+def test_a_loss_that_breaks_in_the_third_epoch(tmp_path, monkeypatch):
+    out, weights = tmp_path / "run", []
+
+    def in_third_epoch():
+        done = (out / "metrics.jsonl").read_text().count("\n")
+        if done == 2 and not weights:
+            weights.append(torch.load(out / "policy.pt"))
+        return done == 2
+
+    break_loss(monkeypatch, in_third_epoch)
+    message = stopped(out)
+    assert "epoch 3" in message and "--lr" in message and str(out) in message
+    assert "\n" not in message
+    assert [row["epoch"] for row in rows(out / "metrics.jsonl")] == [1, 2]
+    assert len(rows(out / "labels.jsonl")) == 2 * PAIRS
+    assert_finite(out / "policy.pt")
+    for name, value in torch.load(out / "policy.pt").items():
+        assert torch.equal(value, weights[0][name])
+
+
+@pytest.mark.parametrize("loss", ["eq14", "eq12", "chain"])
+def test_an_absurd_learning_rate_stops_the_run_with_advice(loss, tmp_path):
+    out = tmp_path / "run"
+    message = stopped(out, "--loss", loss, "--lr", "1e15")
+    assert "epoch 1" in message or "epoch 2" in message
+    assert "--lr (now 1e+15)" in message and str(out) in message
+    assert (out / "config.json").exists() and (out / "metrics.jsonl").exists()
+    if (out / "policy.pt").exists():
+        assert_finite(out / "policy.pt")
+
+
+def test_the_message_names_only_files_that_are_there(tmp_path, monkeypatch):
+    break_loss(monkeypatch, lambda: True)
+    message = stopped(tmp_path / "run")
+    assert "epoch 1" in message
+    assert "policy.pt" not in message or (tmp_path / "run" / "policy.pt").exists()
+
+
+def test_an_epoch_whose_samples_are_not_finite_is_not_a_good_one(tmp_path):
+    out = tmp_path / "run"
+    stopped(out, "--loss", "chain", "--lr", "1e15")
+    for row in rows(out / "metrics.jsonl"):
+        assert all(math.isfinite(value) for value in row.values())
