@@ -28,11 +28,11 @@ def estimate(model: Model, args: Namespace, processes: int) -> Cost:
     unet, K, T = model.pipe.unet, args.images_per_prompt, args.num_steps
     groups, batches = args.pairs_per_epoch, args.pairs_per_epoch // (args.batch_size * processes)
     trained = 1 if args.loss == "eq12" else T - args.skip_last
-    without_gradient = []  # steps of each pass
+    without_gradient = 0  # steps
     if args.reference == "initial":
-        without_gradient.append(T)
+        without_gradient += T
     if args.loss == "chain":
-        without_gradient.append(trained)
+        without_gradient += trained
     checks = T if args.reference == "initial" else 2 * T  # the metrics of one batch
 
     rows = groups * K * (1 if args.guidance_scale == 1 else 2)
@@ -44,15 +44,12 @@ def estimate(model: Model, args: Namespace, processes: int) -> Cost:
     maps = ACTIVATION_MAPS[args.gradient_checkpointing] * args.batch_size * rows // groups
     memory = weights + 12 * lora + maps * first_map * unet.dtype.itemsize
 
-    def rows_of(passes: list[int]) -> int:  # the first step of a group is one pass for all
-        return rows * sum(passes) - (rows - rows // K) * len(passes)
-
     return Cost(
         labels=groups if args.objective == "tags" else groups * K * (K - 1) // 2,
-        rows_sampled=rows_of([T]),
-        rows_without_gradient=rows_of(without_gradient),
+        rows_sampled=rows * T,
+        rows_without_gradient=rows * without_gradient,
         rows_with_gradient=rows * trained,
-        calls=batches * (T + sum(without_gradient) + trained) + checks,
+        calls=batches * (T + without_gradient + trained) + checks,
         calls_eval=math.ceil(args.eval_images / (args.batch_size * K)) * T,
         lora_weights=lora,
         memory_gb=memory / 1e9,

@@ -70,30 +70,19 @@ class PipelinePolicy:
         self.alpha_bars = pipe.scheduler.alphas_cumprod.to(pipe.unet.device)
 
     def __call__(self, x: Tensor, time: Tensor, cond: Tensor) -> Tensor:
-        new = torch.ones(len(x), dtype=torch.bool, device=x.device)
-        if (
-            not torch.is_grad_enabled()
-        ):  # the chains of a group start from one x_T: one pass for all
-            inputs = (x, time[:, None], cond)
-            new[1:] = torch.stack([(v[1:] != v[:-1]).flatten(1).any(1) for v in inputs]).any(0)
-        output = self.guided(x[new], time[new], cond[new])[new.cumsum(0) - 1]
-        self.on_call()
-        if self.v_prediction:  # v = sqrt(ab) eps - sqrt(1 - ab) x_0 (arXiv 2202.00512)
-            ab = self.alpha_bars[time].view(-1, 1, 1, 1)
-            output = ab.sqrt() * output + (1 - ab).sqrt() * x
-        return output
-
-    def guided(self, x: Tensor, time: Tensor, cond: Tensor) -> Tensor:
-        """The UNet's prediction under classifier-free guidance, float32."""
         halves = 1 if self.guidance_scale == 1 else 2
         states = x.to(self.dtype).repeat(halves, 1, 1, 1)
         text = cond[:, -halves:].transpose(0, 1).flatten(0, 1)
         with lora_off(self.unet) if self.reference else nullcontext():
-            prediction = self.unet(states, time.repeat(halves), text).sample.float()
-        if halves == 1:
-            return prediction
-        empty, prompted = prediction.chunk(2)
-        return empty + self.guidance_scale * (prompted - empty)
+            output = self.unet(states, time.repeat(halves), text).sample.float()
+        self.on_call()
+        if halves == 2:
+            empty, prompted = output.chunk(2)
+            output = empty + self.guidance_scale * (prompted - empty)
+        if self.v_prediction:  # v = sqrt(ab) eps - sqrt(1 - ab) x_0 (arXiv 2202.00512)
+            ab = self.alpha_bars[time].view(-1, 1, 1, 1)
+            output = ab.sqrt() * output + (1 - ab).sqrt() * x
+        return output
 
 
 class Model(NamedTuple):
