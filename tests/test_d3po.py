@@ -397,6 +397,19 @@ def test_rollout_repeats_with_its_generator_and_keeps_no_graph():
     assert not once.log_prob.requires_grad
 
 
+def test_a_step_of_a_rollout_adds_sigma_times_the_next_numbers_of_its_generator():
+    w = world()
+    policy, schedule, cond = (w.args[name] for name in ("policy", "schedule", "cond"))
+    x_T = w.args["trajectory"].x[0]
+    x = rollout(policy, schedule, x_T, cond, seeded(7)).x
+    torch.manual_seed(7)
+    assert torch.equal(x, rollout(policy, schedule, x_T, cond).x)
+    torch.manual_seed(7)
+    for i, sigma in enumerate(schedule.sigma):
+        expected = line_28(policy, schedule, i, x[i], cond) + sigma * torch.randn_like(x_T)
+        assert_close(x[i + 1], expected, **EXACT)
+
+
 def test_trajectory_log_prob_of_the_sampling_policy_is_the_log_prob_of_the_trajectory():
     w = world()
     trajectory = w.args["trajectory"]
