@@ -17,6 +17,7 @@ SD 1.5's memory (.png). What other machines wrote stays.
 """
 
 import argparse
+import copy
 import os
 import platform
 import re
@@ -37,7 +38,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
-from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DiffusionPipeline,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from diffusers.training_utils import cast_training_params
 from matplotlib.figure import Figure
@@ -50,6 +56,7 @@ import d3po
 import sd_demo
 from sd import model, options, run_folder
 from sd.model import Batch, PipelinePolicy
+from sd.pipeline import DTYPES
 from sd.prompts import load_prompts
 from toy.emoji_sd import models
 
@@ -136,7 +143,7 @@ def sd15(size: int, dtype: torch.dtype, weightless: bool) -> StableDiffusionPipe
     with torch.device(device):
         unet = unet_class(sample_size=size, **SD15_UNET)
         vae = AutoencoderKL(**SD15_VAE)
-    pipe = models.pipeline(vae, CLIPTextModel(text), unet)
+    pipe = models.pipeline(vae, CLIPTextModel(text), unet)  # the text encoder is real
     pipe.tokenizer.model_max_length = 77
     for part in (pipe.vae, pipe.text_encoder, pipe.unet):
         torch.nn.Module.to(part, dtype)
@@ -155,12 +162,16 @@ def random_sd15(size: int, weightless: bool = False):
     """Inside, every pipeline is SD 1.5 with random weights, or with none, then in fp16."""
 
     def load(name, precision):
-        return sd15(size, torch.float16 if weightless else model.DTYPES[precision], weightless)
+        return sd15(size, torch.float16 if weightless else DTYPES[precision], weightless)
 
-    attention = flash_attention if weightless else F.scaled_dot_product_attention
-    with mock.patch.object(model, "load_pipeline", load):
-        with mock.patch.object(F, "scaled_dot_product_attention", attention):
-            yield
+    with ExitStack() as patches:
+        patches.enter_context(mock.patch.object(model, "load_pipeline", load))
+        if weightless:
+            attention = mock.patch.object(F, "scaled_dot_product_attention", flash_attention)
+            patches.enter_context(attention)
+            cpu = torch.device("cpu")  # not where the VAE is
+            patches.enter_context(mock.patch.object(DiffusionPipeline, "device", cpu))
+        yield
 
 
 # The sides of a race
@@ -212,15 +223,15 @@ class Bench:
     """
 
     def __init__(self, setup: Setup, groups: int, T: int, *, K: int = 2, tagged: int = 1):
-        text, device = setup.model.text, setup.accelerator.device
+        device = setup.accelerator.device
         self.setup, self.steps = setup, list(range(T))
         self.schedule = d3po.make_schedule(setup.pipe.scheduler.alphas_cumprod, T)
         self.model = setup.model._replace(schedule=self.schedule)
         bad = torch.arange(K).expand(groups, K) < tagged
         self.pairs = d3po.pairs_from_tags(bad).to(device)
         self.combinations = torch.tensor(list(combinations(range(K), 2)), device=device)
-        prompts = text[torch.arange(groups) % len(self.model.prompts)].repeat_interleave(K, 0)
-        self.cond = torch.stack([text[-1:].expand_as(prompts), prompts], 1).to(device)
+        numbers = torch.arange(groups) % len(self.model.prompts)
+        self.cond = numbers.repeat_interleave(K, 0).to(device)
         x_T = torch.randn(groups, *self.model.latent_shape)
         self.x_T = x_T.repeat_interleave(K, 0).to(device)
         self.batch = Batch(self.sample(), self.cond, [], [], K)
@@ -236,9 +247,11 @@ class Bench:
     def sample_with(self, pipeline: str) -> None:
         """As `sample`, by a pipeline of diffusers: stock or stock_with_lora."""
         pipe = getattr(self.setup, pipeline)
+        text = self.model.conditioning.batch(self.cond)["encoder_hidden_states"]
+        empty, prompted = text.chunk(2)
         pipe(
-            prompt_embeds=self.cond[:, 1],
-            negative_prompt_embeds=self.cond[:, 0],
+            prompt_embeds=prompted,
+            negative_prompt_embeds=empty,
             latents=self.x_T.to(pipe.unet.dtype),
             eta=1.0,
             num_inference_steps=len(self.steps),
@@ -277,7 +290,8 @@ class Bench:
     def released(self, pairs: Tensor, batch_size: int = 1) -> None:
         """Four forwards a step for batch_size pairs; an update after the last step."""
         setup = self.setup
-        reference = PipelinePolicy(setup.stock.unet, setup.pipe, setup.args.guidance_scale)
+        reference = copy.copy(self.model.sampler)
+        reference.network = setup.stock.unet
         for batch in pairs.split(batch_size):
             for i in torch.randperm(len(self.steps)).tolist():
                 log_ratios = []
@@ -363,7 +377,7 @@ class Rows(ExitStack):
         rows, with_gradient = len(inputs[0]), torch.is_grad_enabled()
         self.count["with" if with_gradient else "without"] += rows
         if with_gradient:
-            output.sample.register_hook(lambda _: self.count.update(backward=rows))
+            output[0].register_hook(lambda _: self.count.update(backward=rows))
 
     def before_block(self, block, inputs):
         self.count["block"] += len(inputs[0])

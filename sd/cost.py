@@ -4,7 +4,10 @@ import math
 from argparse import Namespace
 from typing import NamedTuple
 
+from diffusers import StableDiffusionPipeline
+
 from sd.model import Model
+from sd.pipeline import PRESETS
 
 # What autograd holds in SD 1.5's UNet, in maps of its first block, by gradient checkpointing
 ACTIVATION_MAPS = {False: 362, True: 90}
@@ -20,12 +23,13 @@ class Cost(NamedTuple):
     calls: int  # of the UNet on one device
     calls_eval: int  # of an evaluation of the held-out noises
     lora_weights: int
-    memory_gb: float
+    memory_gb: float  # of weights, optimizer and what autograd holds
+    memory_known: bool  # False: without what autograd holds
 
 
 def estimate(model: Model, args: Namespace, processes: int) -> Cost:
     """Count what an epoch of a run takes."""
-    unet, K, T = model.pipe.unet, args.images_per_prompt, args.num_steps
+    network, K, T = model.network, args.images_per_prompt, args.num_steps
     groups, batches = args.pairs_per_epoch, args.pairs_per_epoch // (args.batch_size * processes)
     trained = 1 if args.loss == "eq12" else T - args.skip_last
     without_gradient = 0  # steps
@@ -35,14 +39,19 @@ def estimate(model: Model, args: Namespace, processes: int) -> Cost:
         without_gradient += trained
     checks = T if args.reference == "initial" else 2 * T  # the metrics of one batch
 
-    rows = groups * K * (1 if args.guidance_scale == 1 else 2)
+    rows = groups * K * model.conditioning.halves
     lora = sum(p.numel() for p in model.lora)
     weights = sum(
-        p.numel() * p.element_size() for part in (unet, model.pipe.vae) for p in part.parameters()
+        p.numel() * p.element_size()
+        for part in (network, model.pipe.vae)
+        for p in part.parameters()
     )
-    first_map = unet.config.sample_size**2 * unet.config.block_out_channels[0]
-    maps = ACTIVATION_MAPS[args.gradient_checkpointing] * args.batch_size * rows // groups
-    memory = weights + 12 * lora + maps * first_map * unet.dtype.itemsize
+    memory = weights + 12 * lora
+    known = isinstance(model.pipe, StableDiffusionPipeline)
+    if known:
+        first_map = math.prod(model.latent_shape[1:]) * network.config.block_out_channels[0]
+        maps = ACTIVATION_MAPS[args.gradient_checkpointing] * args.batch_size * rows // groups
+        memory += maps * first_map * network.dtype.itemsize
 
     return Cost(
         labels=groups if args.objective == "tags" else groups * K * (K - 1) // 2,
@@ -53,23 +62,31 @@ def estimate(model: Model, args: Namespace, processes: int) -> Cost:
         calls_eval=math.ceil(args.eval_images / (args.batch_size * K)) * T,
         lora_weights=lora,
         memory_gb=memory / 1e9,
+        memory_known=known,
     )
 
 
 def describe(cost: Cost, model: Model, args: Namespace) -> str:
     """The start-up lines of a run: model, objective, cost, and what beta means."""
-    device = str(model.pipe.unet.device)
+    device = str(model.network.device)
     if not device.startswith("cuda"):
         device += ", as there is no CUDA GPU"
     D = math.prod(model.latent_shape)
+    kind = type(model.pipe).__name__
+    preset = ""
+    if kind in PRESETS:
+        flags, source = PRESETS[kind]
+        preset = f"{kind}: {flags} unless you say otherwise, from {source}; not measured here.\n"
+    beside = "" if cost.memory_known else " of weights; what training adds is not known here"
     return (
         f"{args.model} on {device}; {args.precision}; "
         f"LoRA rank {args.lora_rank}: {cost.lora_weights / 1e6:.2f} M weights.\n"
-        f"Objective {args.objective}. An epoch: {args.pairs_per_epoch} groups of "
+        f"{preset}Objective {args.objective}. An epoch: {args.pairs_per_epoch} groups of "
         f"{args.images_per_prompt} images, {cost.labels} labels;\n"
-        f"UNet evaluations: {cost.rows_sampled:,} to sample, {cost.rows_without_gradient:,} "
-        f"without and {cost.rows_with_gradient:,} with gradient to train.\n"
+        f"Evaluations of the network: {cost.rows_sampled:,} to sample, "
+        f"{cost.rows_without_gradient:,} without and {cost.rows_with_gradient:,} with gradient to "
+        "train.\n"
         f"beta {args.beta:.3g} per nat of a step's log-ratio, a sum over {D:,} latent elements;\n"
         f"as {args.beta * D:.3g} for their mean, which the released code takes. "
-        f"Memory: about {cost.memory_gb:.1f} GB."
+        f"Memory: about {cost.memory_gb:.1f} GB{beside}."
     )

@@ -1,8 +1,16 @@
-"""A diffusers pipeline as the policy of d3po.py: load it with a LoRA, denoise, sample, decode."""
+"""A pipeline's network as the policy of d3po.py: epsilon, v and rectified flow alike.
+
+A rectified flow, x_s = (1 - s) x_0 + s eps with v = eps - x_0, is an epsilon model in the
+coordinate x = x_s / r with r^2 = (1 - s)^2 + s^2:
+
+    sqrt(alpha_bar) = (1 - s) / r        sqrt(1 - alpha_bar) = s / r        eps = x_s + (1 - s) v
+
+At eta = 0 DDIM's step there is Euler's step, and log-ratios are those of the flow's coordinates.
+"""
 
 from argparse import Namespace
 from collections.abc import Callable
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -11,29 +19,39 @@ from typing import NamedTuple
 import torch
 from accelerate import Accelerator
 from accelerate.utils import AutocastKwargs, InitProcessGroupKwargs
-from diffusers import DDIMScheduler, StableDiffusionPipeline
+from diffusers import DiffusionPipeline, StableDiffusionXLPipeline
 from diffusers.training_utils import cast_training_params
-from diffusers.utils import convert_state_dict_to_diffusers
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 import d3po
+from sd.pipeline import (
+    NETWORKS,
+    Conditioning,
+    decode,
+    fuse_lora,
+    load_pipeline,
+    prediction_of,
+    use_ddim,
+)
 from sd.run_folder import Stream, generator
 
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-LORA_TARGETS = ["to_q", "to_k", "to_v"]  # App. E
+LORA_TARGETS = ["to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj"]  # App. E
 LORA_FILE = "pytorch_lora_weights.safetensors"
+# Beyond these, float32 log-ratios lose their meaning
+MIN_ALPHA_BAR = 1e-6
+MIN_SIGMA, MAX_SIGMA = 0.005, 0.999  # of a flow
 
 
 @contextmanager
-def lora_off(unet):
-    """Inside, the UNet is the model before training."""
-    unet.disable_adapters()
+def lora_off(network: nn.Module):
+    """Inside, the network is the model before training."""
+    network.disable_adapters()
     try:
         yield
     finally:
-        unet.enable_adapters()
+        network.enable_adapters()
 
 
 def make_accelerator(precision: str) -> Accelerator:
@@ -46,55 +64,63 @@ def make_accelerator(precision: str) -> Accelerator:
 
 
 class PipelinePolicy:
-    """A pipeline's UNet as a denoiser of d3po.py: guided, both halves in one call; gives epsilon.
+    """A pipeline's network as a denoiser of d3po.py: guided, both halves in one call, epsilon.
 
-    x (B, 4, H, W), time (B,), cond (B, 2, L, C): embeddings of the empty prompt and of the prompt.
-    Returns float32 (B, 4, H, W).
-    guidance_scale: at 1 the empty prompt's half has no weight, and is left out.
-    reference: the model before training, which is the same UNet with the LoRA off.
+    x (B, *D), time (B,), cond (B,): numbers of prompts. Returns float32 (B, *D).
+    alpha_bars: by model time. prediction: epsilon, v_prediction or flow.
+    reference: the model before training, which is the same network with the LoRA off.
     on_call: called after each pass, for a progress bar.
     """
 
     def __init__(
         self,
-        unet,
-        pipe: StableDiffusionPipeline,
+        network: nn.Module,
+        conditioning: Conditioning,
         guidance_scale: float,
         *,
+        alpha_bars: Tensor,
+        prediction: str,
         reference: bool = False,
         on_call: Callable = lambda: None,
     ):
-        self.unet, self.dtype, self.guidance_scale = unet, pipe.unet.dtype, guidance_scale
-        self.reference, self.on_call = reference, on_call
-        self.v_prediction = pipe.scheduler.config.prediction_type == "v_prediction"
-        self.alpha_bars = pipe.scheduler.alphas_cumprod.to(pipe.unet.device)
+        self.network, self.conditioning = network, conditioning
+        self.guidance_scale, self.prediction = guidance_scale, prediction
+        self.alpha_bars, self.reference, self.on_call = alpha_bars, reference, on_call
 
     def __call__(self, x: Tensor, time: Tensor, cond: Tensor) -> Tensor:
-        halves = 1 if self.guidance_scale == 1 else 2
-        states = x.to(self.dtype).repeat(halves, 1, 1, 1)
-        text = cond[:, -halves:].transpose(0, 1).flatten(0, 1)
-        with lora_off(self.unet) if self.reference else nullcontext():
-            output = self.unet(states, time.repeat(halves), text).sample.float()
+        asked = self.conditioning
+        alpha_bar = self.alpha_bars[time].view(-1, *[1] * (x.ndim - 1))
+        a, b = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+        states = x
+        if self.prediction == "flow":
+            states, time = x / (a + b), 1000 * (b / (a + b)).flatten()
+        states = states.to(asked.latents.dtype).repeat(asked.halves, *[1] * (x.ndim - 1))
+        inputs = asked.batch(cond)
+        inputs["timestep"] = (asked.time_unit * time).repeat(asked.halves)
+        with lora_off(self.network) if self.reference else nullcontext():
+            output = self.network(states, **inputs)[0].float()
         self.on_call()
-        if halves == 2:
+        if asked.halves == 2:
             empty, prompted = output.chunk(2)
             output = empty + self.guidance_scale * (prompted - empty)
-        if self.v_prediction:  # v = sqrt(ab) eps - sqrt(1 - ab) x_0 (arXiv 2202.00512)
-            ab = self.alpha_bars[time].view(-1, 1, 1, 1)
-            output = ab.sqrt() * output + (1 - ab).sqrt() * x
+        if self.prediction == "v_prediction":  # v = a eps - b x_0 (arXiv 2202.00512)
+            output = a * output + b * x
+        if self.prediction == "flow":  # eps = x_s + (1 - s) v
+            output = (x + a * output) / (a + b)
         return output
 
 
 class Model(NamedTuple):
     """What a run trains. Made by `load_model`."""
 
-    pipe: StableDiffusionPipeline
+    pipe: DiffusionPipeline
+    network: nn.Module  # the pipeline's, with the LoRA
+    conditioning: Conditioning
     policy: PipelinePolicy  # through accelerate's wrapper, which averages gradients of processes
     sampler: PipelinePolicy  # the same weights without the wrapper, for passes without gradient
     reference: PipelinePolicy  # the model before training
     schedule: d3po.Schedule
     prompts: list[str]
-    text: Tensor  # (prompts + 1, L, C), on the CPU; the last is the empty prompt's
     lora: list[Tensor]  # the weights that are trained
 
     def log_prob(self, denoiser: PipelinePolicy, batch: "Batch") -> Tensor:
@@ -103,35 +129,32 @@ class Model(NamedTuple):
 
     def save_lora(self, folder: Path) -> dict:
         """Write the LoRA as pipe.load_lora_weights reads it; return its tensors by PEFT's names."""
-        lora = get_peft_model_state_dict(self.pipe.unet)
-        layers, part = convert_state_dict_to_diffusers(lora), f"{LORA_FILE}.part"
-        self.pipe.save_lora_weights(folder, unet_lora_layers=layers, weight_name=part)
+        lora, part = get_peft_model_state_dict(self.network), f"{LORA_FILE}.part"
+        layers = {f"{NETWORKS[type(self.pipe)]}_lora_layers": lora}
+        self.pipe.save_lora_weights(folder, weight_name=part, **layers)
         (folder / part).replace(folder / LORA_FILE)
         return lora
 
     def load_lora(self, lora: dict) -> None:
-        set_peft_model_state_dict(self.pipe.unet, lora)
+        set_peft_model_state_dict(self.network, lora)
 
     @property
-    def latent_shape(self) -> tuple[int, int, int]:
-        config = self.pipe.unet.config
-        return config.in_channels, config.sample_size, config.sample_size
+    def latent_shape(self) -> tuple[int, ...]:
+        return tuple(self.conditioning.latents.shape[1:])
 
 
-def load_pipeline(name: str, precision: str) -> StableDiffusionPipeline:
-    """From the hub or a folder; ValueError, in a sentence, if it is no StableDiffusionPipeline."""
-    try:
-        kind = StableDiffusionPipeline.load_config(name)["_class_name"]
-        if kind != "StableDiffusionPipeline":
-            raise ValueError(f"it is a {kind}, and this script trains a StableDiffusionPipeline")
-        options = {"safety_checker": None, "requires_safety_checker": False}
-        return StableDiffusionPipeline.from_pretrained(name, dtype=DTYPES[precision], **options)
-    except Exception as error:  # the hub's client raises many kinds
-        remedy = "it needs network access; or give a folder"
-        if Path(name).exists():
-            remedy = "give another folder"
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"--model {name} cannot be loaded: {remedy} ({reason})") from error
+def make_levels(pipe: DiffusionPipeline, args: Namespace, prediction: str) -> tuple:
+    """The schedule on the stock pipeline's own levels, and alpha-bar (N,) by model time."""
+    if prediction == "flow":  # the sigmas of the recorded call have its shift
+        sigmas = pipe.scheduler.sigmas.cpu().double().flip(0).clamp(MIN_SIGMA, MAX_SIGMA)
+        alpha_bars, times = (1 - sigmas) ** 2 / ((1 - sigmas) ** 2 + sigmas**2), None
+    else:
+        alpha_bars = pipe.scheduler.alphas_cumprod.cpu()
+        if alpha_bars.min() < MIN_ALPHA_BAR:  # zero terminal SNR
+            floor = MIN_ALPHA_BAR * torch.linspace(2, 1, len(alpha_bars))
+            alpha_bars = torch.maximum(alpha_bars, floor)
+        times = pipe.scheduler.timesteps.cpu().clamp(min=1)  # a step from time 0 has no noise
+    return d3po.make_schedule(alpha_bars, args.num_steps, args.eta, times), alpha_bars.float()
 
 
 def load_model(
@@ -141,61 +164,63 @@ def load_model(
     *,
     on_call: Callable = lambda: None,
 ) -> Model:
-    """The pipeline of --model with a new LoRA, as policy, sampler and reference.
+    """The pipeline of --model with a LoRA, as policy, sampler and reference.
 
     Raises ValueError, in a sentence for the user, for a model that cannot be trained.
     """
     pipe = load_pipeline(args.model, args.precision)
-    old = pipe.scheduler
-    pipe.scheduler = DDIMScheduler.from_config(old.config, set_alpha_to_one=False)
-    if type(old) is not DDIMScheduler or old.config.set_alpha_to_one:
-        name = type(old).__name__
-        accelerator.print(f"Scheduler: DDIM, set_alpha_to_one off, in place of the model's {name}.")
-    if pipe.scheduler.config.prediction_type == "sample":
-        raise ValueError(f"--model {args.model} predicts x_0: give one that predicts epsilon or v")
-    pipe.scheduler.set_timesteps(args.num_steps)
-    times = pipe.scheduler.timesteps
-    if times.min() < 1:  # a step from time 0 would have no noise
-        times = None
-    schedule = d3po.make_schedule(pipe.scheduler.alphas_cumprod, args.num_steps, args.eta, times)
-
+    prediction = prediction_of(pipe, args.model)
+    if prediction != "flow" and (replaced := use_ddim(pipe)):
+        accelerator.print(f"Scheduler: DDIM, set_alpha_to_one off, in place of its {replaced}.")
+    if args.init_lora:
+        fuse_lora(pipe, args.init_lora)
     pipe.to(accelerator.device)
-    pipe.vae.enable_slicing()
-    for part in (pipe.vae, pipe.text_encoder, pipe.unet):
-        part.requires_grad_(False)
+    pipe.set_progress_bar_config(disable=True)
+    for part in pipe.components.values():
+        if isinstance(part, nn.Module):
+            part.requires_grad_(False)
+    with suppress(NotImplementedError):  # not all can
+        pipe.vae.enable_slicing()
+    if isinstance(pipe, StableDiffusionXLPipeline) and pipe.vae.config.force_upcast:
+        pipe.vae.float()  # as the stock pipeline does: it overflows in fp16
+    call = {"num_inference_steps": args.num_steps, "guidance_scale": args.guidance_scale}
+    conditioning = Conditioning(pipe, prompts, **call, height=args.height, width=args.width)
+    schedule, alpha_bars = make_levels(pipe, args, prediction)
+
+    network = conditioning.network
     torch.manual_seed(args.seed)
     lora = LoraConfig(r=args.lora_rank, lora_alpha=args.lora_rank, target_modules=LORA_TARGETS)
-    pipe.unet.add_adapter(lora)
-    cast_training_params(pipe.unet, torch.float32)
+    network.add_adapter(lora)
+    cast_training_params(network, torch.float32)
     if args.gradient_checkpointing:
-        pipe.unet.enable_gradient_checkpointing()
-    text = [
-        pipe.encode_prompt(prompt, accelerator.device, 1, do_classifier_free_guidance=False)[
-            0
-        ].cpu()
-        for prompt in [*prompts, ""]
-    ]
-    pipe.text_encoder.to("cpu")
+        network.enable_gradient_checkpointing()
     as_policy = partial(
-        PipelinePolicy, pipe=pipe, guidance_scale=args.guidance_scale, on_call=on_call
+        PipelinePolicy,
+        conditioning=conditioning,
+        guidance_scale=args.guidance_scale,
+        alpha_bars=alpha_bars.to(accelerator.device),
+        prediction=prediction,
+        on_call=on_call,
     )
-    return Model(
+    model = Model(
         pipe=pipe,
-        policy=as_policy(accelerator.prepare(pipe.unet)),
-        sampler=as_policy(pipe.unet),
-        reference=as_policy(pipe.unet, reference=True),
+        network=network,
+        conditioning=conditioning,
+        policy=as_policy(accelerator.prepare(network)),
+        sampler=as_policy(network),
+        reference=as_policy(network, reference=True),
         schedule=schedule,
         prompts=prompts,
-        text=torch.cat(text),
-        lora=[p for p in pipe.unet.parameters() if p.requires_grad],
+        lora=[p for p in network.parameters() if p.requires_grad],
     )
+    return model
 
 
 class Batch(NamedTuple):
     """Groups of K images, each group from one prompt and one x_T. Made by `sample`."""
 
     trajectory: d3po.Trajectory  # of N K chains; chain k of group n is number n K + k
-    cond: Tensor  # (N K, 2, L, C)
+    cond: Tensor  # (N K,) numbers of prompts
     prompts: list[str]  # N K
     images: list[Image.Image]  # N K
     images_per_prompt: int  # K
@@ -217,15 +242,13 @@ def sample(
     generator: torch.Generator,
 ) -> Batch:
     """K images from one x_T for each of the prompts, given by number (N,).   Alg. 1 lines 4-11."""
-    device = model.pipe.unet.device
+    device = model.network.device
     x_T = torch.randn(len(prompts), *model.latent_shape, generator=generator)
-    numbers = prompts.repeat_interleave(images_per_prompt)
-    empty = model.text[-1:].expand(len(numbers), -1, -1)
-    cond = torch.stack([empty, model.text[numbers]], 1).to(device)
     x_T = x_T.repeat_interleave(images_per_prompt, 0).to(device)
+    cond = prompts.repeat_interleave(images_per_prompt).to(device)
     trajectory = d3po.rollout(denoiser, model.schedule, x_T, cond, generator)
-    images = decode(model.pipe, trajectory.x[-1])
-    texts = [model.prompts[n] for n in numbers]
+    images = decode(model.pipe, trajectory.x[-1], model.conditioning)
+    texts = [model.prompts[number] for number in cond.tolist()]
     return Batch(trajectory, cond, texts, images, images_per_prompt)
 
 
@@ -242,9 +265,3 @@ def sample_held_out(
         images += batch.images
         prompts += batch.prompts
     return images, prompts
-
-
-def decode(pipe: StableDiffusionPipeline, x_0: Tensor) -> list[Image.Image]:
-    """The images of final states (B, 4, H, W)."""
-    latents = x_0.to(pipe.vae.dtype) / pipe.vae.config.scaling_factor
-    return pipe.image_processor.postprocess(pipe.vae.decode(latents).sample, output_type="pil")

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from sd import run_folder
-from sd.model import DTYPES
+from sd.pipeline import DTYPES, PRESETS, pipeline_name
 from sd.scorers import AESTHETIC_HEAD, CLIP
 
 SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
@@ -54,6 +54,10 @@ def positive(kind: type):
     return parse_number
 
 
+def not_negative(text: str) -> float:
+    return float(text) and positive(float)(text)
+
+
 def build_parser() -> tuple[ArgumentParser, dict]:
     """The flags, and their defaults. The parser itself gives only what was typed."""
     parser = ArgumentParser(
@@ -90,8 +94,12 @@ def build_parser() -> tuple[ArgumentParser, dict]:
     add("--aesthetic-head", AESTHETIC_HEAD, help="state dict of its linear layers: URL or file")
 
     add = flags("sampling")
-    where = "SD 1.5 where there is CUDA, else the bundled emoji model"
-    add("--model", help=f"hub id or folder of a StableDiffusionPipeline; by default {where}")
+    where = "by default SD 1.5 where there is CUDA, else the bundled emoji model"
+    models = "hub id, folder or .safetensors file of SD, SDXL, SD3 or Flux"
+    add("--model", help=f"{models}; {where}")
+    add("--init-lora", help="begin from the model with this LoRA in it: folder or file")
+    add("--height", type=count, help="of the images in pixels; by default the model's")
+    add("--width", type=count, help="as --height")
     add("--epochs", 50, type=count, help="times that images are sampled and trained on")
     add("--pairs-per-epoch", 8, type=count, help="groups of images, each of one prompt and x_T")
     size = "size K of a group: 2 for pairs; K(K-1)/2 labels"
@@ -99,7 +107,8 @@ def build_parser() -> tuple[ArgumentParser, dict]:
     add("--batch-size", 1, type=count, help="groups at a time on each device, and in an update")
     add("--num-steps", 20, type=count, help="T, denoising steps")
     add("--eta", 1.0, type=number, help="DDIM's noise scale, above 0 and at most 1")
-    add("--guidance-scale", 5.0, type=number, help="of classifier-free guidance")
+    guided = "of the prompt; at 1 and below there is no guidance, as in the stock pipelines"
+    add("--guidance-scale", 5.0, type=not_negative, help=guided)
 
     add = flags("the method")
     recipes = "paper: defaults of Table 2 and the release"
@@ -142,9 +151,13 @@ def parse(argv: list[str] | None = None) -> tuple[ArgumentParser, Namespace]:
     """The settings of a run. Exits with a sentence where they cannot be meant."""
     parser, defaults = build_parser()
     typed = vars(parser.parse_args(argv))
+    for name in {"model", "init_lora"} & typed.keys():  # a run may be resumed from another folder
+        if Path(typed[name]).exists():
+            typed[name] = str(Path(typed[name]).resolve())
     try:
         if "resume" in typed or "evaluate" in typed:
-            settings = {**defaults, **saved_settings(typed, defaults), **typed}
+            saved = saved_settings(typed, defaults)
+            settings = {**defaults, **saved, **typed, "out": saved["out"]}
         else:
             settings = {**defaults, **presets(parser, typed), **typed}
             words = ["python", "sd_demo.py", *(sys.argv[1:] if argv is None else argv)]
@@ -163,8 +176,9 @@ def presets(parser: ArgumentParser, typed: dict) -> dict:
         return vars(parser.parse_args(flags.split()))
 
     model = typed.get("model", SD15 if torch.cuda.is_available() else str(EMOJI))
-    settings = {"model": model}
-    if Path(model).resolve() == EMOJI:
+    settings = settings_of(PRESETS.get(pipeline_name(model), ("", ""))[0])
+    settings["model"] = model
+    if Path(model) == EMOJI:
         settings |= settings_of(EMOJI_PRESETS)
         if typed.get("prompts", "animals") == "animals":  # its classifier knows no other
             settings["watch"] = f"{EMOJI / 'classifier.py'}:recognised"

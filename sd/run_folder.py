@@ -116,12 +116,14 @@ def create_or_resume(settings: dict) -> Path:
 
 def provenance() -> dict:
     """Versions of the libraries and the git revision, for config.json."""
-    revision = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True
-    )
+    try:
+        command = ["git", "rev-parse", "HEAD"]
+        revision = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    except OSError:  # no git
+        revision = None
     versions = {name: sys.modules[name].__version__ for name in LIBRARIES if name in sys.modules}
     versions["python"] = platform.python_version()
-    return {"versions": versions, "git_revision": revision.stdout.strip() or None}
+    return {"versions": versions, "git_revision": revision or None}
 
 
 def drop_unfinished(out: Path, epochs_done: int, *, keep_labels: bool) -> None:

@@ -14,6 +14,7 @@ FLOORS = {
     "sd.scorers": 1,
     "sd.labels": 1,
     "sd.figures": 1,
+    "sd.pipeline": 1,
     "sd.model": 2,
     "sd.metrics": 2,
     "sd.annotate": 2,

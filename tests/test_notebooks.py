@@ -154,6 +154,10 @@ def theory() -> dict[str, Number | Between]:
         "line_33/line 33 as printed": exactly(-0.05),
         "line_33/Eq. 14": exactly(0.05),
         "blow_up/slope_over_sigma_at_step_18": Number(slopes[18], 1e-3),
+        # 9: two ways to write one step, in float64; 2,000 chains
+        "flow/euler_minus_ddim": Between(0, 1e-11),
+        "flow/log_ratio_difference_nats": Between(0, 1e-9),
+        "flow/mean_size_of_a_log_ratio_nats": Number(0.0925, 0.005),
     }
 
 

@@ -5,7 +5,7 @@
 
 Each method's step size and hyperparameter are chosen by one declared sweep on one seed; then it
 runs on five other seeds. All see equal numbers of sampled chains. --out gets compare.json,
-compare.md and three figures.
+the table of the page compare.md between its two marks, and three figures.
 """
 
 import argparse
@@ -28,11 +28,12 @@ import d3po
 from toy import baselines, optimum, plots
 from toy.align import PreferenceBatch, UpdateEvery, align, pair_loss
 from toy.ddpm import MLP, Adapter, data_variance, pretrain
-from toy.files import write_json, write_tensors
+from toy.files import write_json, write_tables, write_tensors
 from toy.measure import measure, sample
 from toy.worlds import ALPHA_BARS, MIXTURES, SCORES
 
 RESULTS = Path(__file__).resolve().parent / "results"
+MARK = "<!-- python -m toy.compare writes what is between these two lines -->\n"
 SWEEP_SEED, SEEDS = 100, (0, 1, 2, 3, 4)
 STEP_SIZES = {"timestep": (3e-4, 1e-3, 3e-3), "trajectory": (1e-3, 3e-3, 1e-2)}
 BETAS = (0.1, 0.2, 0.3, 0.6)
@@ -261,7 +262,7 @@ def main(argv: list[str] | None = None) -> None:
         },
     }
     write_json(args.out / "compare.json", rounded(result))
-    (args.out / "compare.md").write_text(table(result))
+    write_tables(args.out / "compare.md", MARK, [table(result)])
     print(table(result))
 
     generator = torch.Generator().manual_seed(0)

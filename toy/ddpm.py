@@ -1,6 +1,7 @@
 """A small learned DDPM of a 2D mixture (arXiv 2006.11239, Alg. 1), and the adapter on it."""
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ class MLP(nn.Module):
     For centred, round data of variance s^2, x has variance v, the first term is the best linear
     prediction, and the mlp predicts the rest, inputs and outputs scaled to unit variance (EDM,
     arXiv 2206.00364, Sec. 5). It sees x / sqrt(v) also through sines, which makes the sharp borders
-    between modes cheap to fit.
+    between modes cheap to fit. alpha_bars (N,): of the model times.
     """
 
     def __init__(
@@ -26,16 +27,17 @@ class MLP(nn.Module):
         data_variance: float,
         width: int = 128,
         frequencies: tuple[float, ...] = (1.5, 3.0, 4.5),
+        alpha_bars: Tensor = ALPHA_BARS,
     ):
         super().__init__()
-        ab = ALPHA_BARS.double()
+        ab = alpha_bars.double()
         v = ab * data_variance + 1 - ab
         scales = torch.stack([(1 - ab).sqrt() / v, (ab * data_variance / v).sqrt(), v.rsqrt()], 1)
         log_snr = torch.log(ab / (1 - ab))
         angle = log_snr[:, None] * (math.pi / 10) * torch.tensor([1, 2, 4, 8])
         embedding = torch.cat([angle.sin(), angle.cos()], 1)
-        self.register_buffer("scales", scales.float())  # (1000, 3), by model time
-        self.register_buffer("embedding", embedding.float())  # (1000, 8)
+        self.register_buffer("scales", scales.float())  # (N, 3), by model time
+        self.register_buffer("embedding", embedding.float())  # (N, 8)
         self.register_buffer("frequencies", torch.tensor(frequencies))
         self.mlp = nn.Sequential(
             nn.Linear(2 + 4 * len(frequencies) + 8, width),
@@ -62,13 +64,7 @@ def data_variance(mixture: Mixture) -> float:
     return (mixture.sd**2 + spread).item()
 
 
-def pretrain(
-    mixture: Mixture,
-    steps: int = 8000,
-    batch: int = 512,
-    lr: float = 8e-3,
-    progress: bool = True,
-) -> MLP:
+def pretrain(mixture: Mixture, steps: int = 8000, batch: int = 512, progress: bool = True) -> MLP:
     """Train the denoiser of a mixture on its samples x_0, with noise eps ~ N(0, I).
 
         minimise |eps - eps_theta(sqrt(ab) x_0 + sqrt(1 - ab) eps, t)|^2
@@ -77,28 +73,37 @@ def pretrain(
     told apart. Uses torch's global generator: seed it first.
     """
     net = MLP(data_variance(mixture))
-    optimizer = torch.optim.Adam(net.parameters(), lr, betas=(0.9, 0.99), fused=True)
-    warm_up_then_cosine = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda k: min(1, (k + 1) / 100) * (1 + math.cos(math.pi * k / steps)) / 2
-    )
-    bar = tqdm(
-        range(steps),
-        "pretrain the DDPM",
-        unit=" steps",
-        disable=not progress,
-        mininterval=0.5,
-    )
-    for _ in bar:
+
+    def loss():
         x_0 = sample_data(mixture, batch)
         eps = torch.randn(batch, 2)
         time = (len(ALPHA_BARS) * torch.rand(batch) ** 1.5).long()
         ab = ALPHA_BARS[time][:, None]
-        loss = (net(ab.sqrt() * x_0 + (1 - ab).sqrt() * eps, time) - eps).square().mean()
+        return (net(ab.sqrt() * x_0 + (1 - ab).sqrt() * eps, time) - eps).square().mean()
+
+    fit(net, loss, steps, title="pretrain the DDPM", progress=progress)
+    return net
+
+
+def fit(
+    net: nn.Module,
+    loss: Callable[[], Tensor],
+    steps: int,
+    title: str,
+    progress: bool,
+    lr: float = 8e-3,
+) -> None:
+    """Minimise the mean of loss() by Adam; lr rises for 100 steps, then falls to 0 as a cosine."""
+    optimizer = torch.optim.Adam(net.parameters(), lr, betas=(0.9, 0.99), fused=True)
+    warm_up_then_cosine = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda k: min(1, (k + 1) / 100) * (1 + math.cos(math.pi * k / steps)) / 2
+    )
+    for _ in tqdm(range(steps), title, unit=" steps", disable=not progress, mininterval=0.5):
+        value = loss()
         optimizer.zero_grad()
-        loss.backward()
+        value.backward()
         optimizer.step()
         warm_up_then_cosine.step()
-    return net
 
 
 class CachedReference(nn.Module):
@@ -137,15 +142,23 @@ class Adapter(nn.Module):
     log-probs alike at every step. (Fine-tuning the reference's own weights does not: of 20 steps
     the last but one has c / sigma = 12, the others about 1, and it blows up first.) The MLP is
     smaller and smoother than the reference's, so that few labels determine it.
+    alpha_bars (N,): those of the schedule's model times.
     """
 
-    def __init__(self, reference: Denoiser, schedule: Schedule, mixture: Mixture):
+    def __init__(
+        self,
+        reference: Denoiser,
+        schedule: Schedule,
+        mixture: Mixture,
+        alpha_bars: Tensor = ALPHA_BARS,
+    ):
         super().__init__()
         self.reference = CachedReference(reference).requires_grad_(False)
-        self.correction = MLP(data_variance(mixture), width=64, frequencies=(1.5,))
+        variance = data_variance(mixture)
+        self.correction = MLP(variance, width=64, frequencies=(1.5,), alpha_bars=alpha_bars)
         nn.init.zeros_(self.correction.mlp[-1].weight)
         nn.init.zeros_(self.correction.mlp[-1].bias)
-        unit = schedule.sigma / mean_slope(schedule).abs()
+        unit = (schedule.sigma / mean_slope(schedule).abs()).float()
         self.correction.scales[:, 0] = 0  # the linear part, which the reference has already
         self.correction.scales[schedule.timesteps, 1] = unit
 

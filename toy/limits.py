@@ -3,7 +3,7 @@
     python -m toy.limits            # the committed numbers: half an hour on two cores; resumes
     python -m toy.limits --quick    # the same path with tiny budgets
 
---out gets limits.json and limits.md.
+--out gets limits.json, and the tables of the page limits.md between its marks.
 """
 
 import argparse
@@ -19,9 +19,10 @@ import d3po
 from toy import compare, optimum
 from toy.align import align, pair_loss
 from toy.ddpm import Adapter, mean_slope
-from toy.files import write_json
+from toy.files import write_json, write_tables
 from toy.worlds import ALPHA_BARS, MIXTURES, SCORES, exact_denoiser
 
+MARK = "<!-- python -m toy.limits writes what is between these two lines -->\n"
 EPOCHS = {1.0: 350, 0.3: 250}  # of runs with many labels, by beta: a larger one needs more labels
 STEPS, BETAS, SEEDS = (5, 10, 20, 50, 100), tuple(EPOCHS), (0, 1, 2)
 QUICK_STEPS, QUICK_BETAS, QUICK_SEEDS = (5,), (0.3,), (0,)
@@ -41,8 +42,8 @@ def main(argv: list[str] | None = None) -> None:
         "many_labels": many_labels(args),
     }
     write_json(args.out / "limits.json", compare.rounded(result))
-    (args.out / "limits.md").write_text(tables(result))
-    print(tables(result))
+    write_tables(args.out / "limits.md", MARK, tables(result))
+    print(*tables(result), sep="\n")
 
 
 def steps(args: argparse.Namespace) -> list[dict]:
@@ -145,27 +146,25 @@ def blow_up(args: argparse.Namespace) -> list[dict]:
     return rows
 
 
-def tables(result: dict) -> str:
+def tables(result: dict) -> list[str]:
     """The three answers in Markdown."""
-    lines = [
+    by_T = [
         "| beta | T | J_ref | J_G | J* | (J_G - J_ref) / (J* - J_ref) |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
     for row in result["steps"]:
         share = (row["j_gauss"] - row["j_ref"]) / (row["j_star"] - row["j_ref"])
         numbers = " | ".join(f"{row[key]:.3f}" for key in ("j_ref", "j_gauss", "j_star"))
-        lines.append(f"| {row['beta']:g} | {row['T']} | {numbers} | {share:.3f} |")
-    lines += [
-        "",
+        by_T.append(f"| {row['beta']:g} | {row['T']} | {numbers} | {share:.3f} |")
+    by_labels = [
         "| method | beta | labels | attained share | score | KL (nats) |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
     for row in result["many_labels"]:
         numbers = [row[key] for key in ("share", "score", "kl")]
         cells = " | ".join(f"{number['mean']:.3f} ± {number['sd']:.3f}" for number in numbers)
-        lines.append(f"| {row['method']} | {row['beta']:g} | {row['labels']:,} | {cells} |")
-    lines += [
-        "",
+        by_labels.append(f"| {row['method']} | {row['beta']:g} | {row['labels']:,} | {cells} |")
+    by_weights = [
         "| Eq. 14 trains | KL of step i = 18 | largest KL of another step | ended |",
         "| --- | --- | --- | --- |",
     ]
@@ -173,8 +172,8 @@ def tables(result: dict) -> str:
         *_, last = epochs = row["kl_by_epoch_and_step"]
         largest_other = max(last[:18] + last[19:])
         end = row.get("ended", f"well, after {len(epochs)} epochs")
-        lines.append(f"| {row['trains']} | {last[18]:.2f} | {largest_other:.2f} | {end} |")
-    return "\n".join(lines) + "\n"
+        by_weights.append(f"| {row['trains']} | {last[18]:.2f} | {largest_other:.2f} | {end} |")
+    return ["\n".join(lines) + "\n" for lines in (by_T, by_labels, by_weights)]
 
 
 if __name__ == "__main__":

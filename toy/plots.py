@@ -38,8 +38,9 @@ def run_figure(run: Path) -> Figure:
     _draw_samples(axes[0], samples, config["preference"])
     _draw_chains(axes[1, 0], samples, config)
     _draw_curves(axes[1, 1:], rows, config)
+    kind = " (rectified flow)" if config.get("model") == "flow" else ""
     figure.suptitle(
-        f"D3PO on the {config['mixture']}: {config['labels']} labels, loss {config['loss']}, "
+        f"D3PO on the {config['mixture']}{kind}: {config['labels']} labels, loss {config['loss']}, "
         f"beta = {config['beta']}, one run, seed {config['seed']}"
     )
     return figure

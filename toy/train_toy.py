@@ -2,11 +2,11 @@
 
     python toy/train_toy.py
 
-First a small DDPM of a mixture is trained: the reference. Then, epoch after epoch, pairs of chains
-are sampled from one x_T each and labelled by an analytic score, and the losses of d3po.py train an
-adapter on the reference (align.py). The run leaves in --out: config.json, metrics.jsonl (a line an
-epoch), labels.jsonl (a line a comparison), policy.pt (the weights after the last good epoch),
-samples.npz and toy.png.
+First a small DDPM of a mixture, or a rectified flow (--model flow), is trained: the reference.
+Then, epoch after epoch, pairs of chains are sampled from one x_T each and labelled by an analytic
+score, and the losses of d3po.py train an adapter on the reference (align.py). The run leaves in
+--out: config.json, metrics.jsonl (a line an epoch), labels.jsonl (a line a comparison), policy.pt
+(the weights after the last good epoch), samples.npz and toy.png.
 """
 
 import argparse
@@ -23,18 +23,23 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this file is run as a script
 
 import d3po
-from toy import optimum, plots
+from toy import ddpm, flow, optimum, plots
 from toy.align import PreferenceBatch, UpdateEvery, align, pair_loss
-from toy.ddpm import Adapter, pretrain
 from toy.files import append_lines, write_json, write_tensors
 from toy.measure import Measurement, measure, sample
-from toy.worlds import ALPHA_BARS, MIXTURES, SCORES, exact_denoiser, sample_data
+from toy.worlds import ALPHA_BARS, MIXTURES, SCORES, Mixture, exact_denoiser, sample_data
+
+
+class Model(NamedTuple):
+    alpha_bars: Tensor  # (1000,) of the model times
+    make_schedule: Callable[[int, float], d3po.Schedule]  # (num_steps, eta); ValueError
+    pretrain: Callable[[Mixture], nn.Module]
 
 
 class Loss(NamedTuple):
@@ -44,6 +49,10 @@ class Loss(NamedTuple):
     replay: int  # default number of batches of stored pairs that an epoch adds
 
 
+MODELS = {
+    "ddpm": Model(ALPHA_BARS, partial(d3po.make_schedule, ALPHA_BARS), ddpm.pretrain),
+    "flow": Model(flow.ALPHA_BARS, flow.make_schedule, flow.pretrain),
+}
 LOSSES = {
     "chain": Loss(d3po.chain_dpo_losses, "trajectory", lr=5e-3, replay=7),
     "eq14": Loss(d3po.d3po_losses, "timestep", lr=1e-3, replay=0),
@@ -76,10 +85,13 @@ def parse(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argparse.Nam
         help="drawn from Eq. 3, or the better wins",
     )
     world.add_argument(
+        "--model", choices=MODELS, default="ddpm", help="a DDPM, or a rectified flow"
+    )
+    world.add_argument(
         "--reference",
         choices=["learned", "exact"],
         default="learned",
-        help="a DDPM, or the formula",
+        help="trained on samples, or the formula",
     )
     world.add_argument("--num-steps", type=int, default=20, help="T, denoising steps")
     world.add_argument(
@@ -120,7 +132,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argparse.Nam
     if not args.out.name:
         parser.error(f"--out {args.out} is the folder you are in: give a folder for this run alone")
     try:
-        d3po.make_schedule(ALPHA_BARS, args.num_steps, args.eta)
+        MODELS[args.model].make_schedule(args.num_steps, args.eta)
     except ValueError as error:
         parser.error(str(error))
     return parser, args
@@ -165,26 +177,29 @@ def main(argv: list[str] | None = None) -> None:
     start = time.perf_counter()
     parser, args = parse(argv)
     out = args.out
-    torch.set_num_threads(
-        1
-    )  # tensors this small gain nothing from more, and one gives the same bits
+    torch.set_num_threads(1)  # small tensors gain nothing from more; one gives the same bits
     torch.manual_seed(args.seed)
     try:
         config = open_run(args)
     except OSError as error:
         parser.error(f"--out {out} cannot be written ({error.strerror}): choose another folder")
     print(
-        f"D3PO on the plane: data {args.mixture}, preference {args.preference}, loss {args.loss}, "
-        f"beta {args.beta:g}, T = {args.num_steps}, seed {args.seed}.\n"
+        f"D3PO on the plane: data {args.mixture}, model {args.model}, "
+        f"preference {args.preference}, loss {args.loss}, beta {args.beta:g}, "
+        f"T = {args.num_steps}, seed {args.seed}.\n"
         f"An epoch: {args.pairs} new pairs with {args.labels} labels, then {args.replay} batches "
         f"of stored pairs on trajectories drawn anew; lr {args.lr:g}. Run folder: {out}."
     )
 
     # The world: data, reference, and the best that can be reached
     mixture, score = MIXTURES[args.mixture], SCORES[args.preference]
-    schedule = d3po.make_schedule(ALPHA_BARS, args.num_steps, args.eta)
-    denoiser = exact_denoiser(mixture) if args.reference == "exact" else pretrain(mixture)
-    policy = Adapter(denoiser, schedule, mixture)
+    model = MODELS[args.model]
+    schedule = model.make_schedule(args.num_steps, args.eta)
+    if args.reference == "exact":
+        denoiser = exact_denoiser(mixture, model.alpha_bars)
+    else:
+        denoiser = model.pretrain(mixture)
+    policy = ddpm.Adapter(denoiser, schedule, mixture, alpha_bars=model.alpha_bars)
     reference = policy.reference
     best = optimum.solve(reference, schedule, score, beta=args.beta)
     try:

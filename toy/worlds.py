@@ -46,17 +46,17 @@ def sample_data(mixture: Mixture, n: int, generator: torch.Generator | None = No
     return mixture.means[mode] + mixture.sd * torch.randn(n, 2, generator=generator)
 
 
-def exact_denoiser(mixture: Mixture) -> d3po.Denoiser:
+def exact_denoiser(mixture: Mixture, alpha_bars: Tensor = ALPHA_BARS) -> d3po.Denoiser:
     """The noise prediction E[eps | x_t] that a perfectly trained network would give.
 
         E[eps | x_t] = sqrt(1 - ab) (x_t - sqrt(ab) sum_k r_k m_k) / v,    v = ab sd^2 + 1 - ab
 
     x_t given mode k is N(sqrt(ab) m_k, v I), and r_k is the posterior probability of mode k. Works
-    in the dtype of x.
+    in the dtype of x. alpha_bars (N,): of the model times.
     """
 
     def denoise(x: Tensor, time: Tensor, cond=None) -> Tensor:
-        ab = ALPHA_BARS.to(x.dtype)[time][:, None]
+        ab = alpha_bars.to(x.dtype)[time][:, None]
         means = mixture.means.to(x.dtype)
         v = ab * mixture.sd**2 + 1 - ab
         distance2 = (x[:, None] - ab.sqrt()[:, None] * means).square().sum(2)

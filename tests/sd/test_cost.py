@@ -19,8 +19,9 @@ COUNTS = {  # flags: rows without and with gradient, calls of the UNet
 
 
 def test_an_epochs_passes_in_numbers(tiny):
-    model = Loaded(tiny).model
+    guided, unguided = (Loaded(tiny, f"--guidance-scale {scale}").model for scale in (3, 1))
     for flags, expected in COUNTS.items():
+        model = unguided if "scale" in flags else guided
         found = cost.estimate(model, parse(tiny, flags), processes=1)
         counts = found.rows_without_gradient, found.rows_with_gradient, found.calls
         assert counts == expected, flags

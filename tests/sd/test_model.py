@@ -13,12 +13,14 @@ from sd_helpers import PROMPTS, Loaded, make_pipeline, same_images
 
 import d3po
 from sd import model, options
+from sd.pipeline import DTYPES
 from sd.run_folder import Stream, generator
 
 
-def embeddings(text: torch.Tensor, numbers: list[int]) -> torch.Tensor:
-    """cond of these prompts: the empty one's embedding, and theirs."""
-    return torch.stack([text[[-1] * len(numbers)], text[numbers]], 1)
+def embeddings(loaded: model.Model, numbers: list[int]) -> torch.Tensor:
+    """Of these prompts (B, halves, L, C); where there is guidance, the empty one's first."""
+    inputs = loaded.conditioning.inputs(numbers)
+    return torch.stack([one["encoder_hidden_states"] for one in inputs])
 
 
 def count_rows(unet) -> list[int]:
@@ -34,18 +36,17 @@ def count_rows(unet) -> list[int]:
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_guidance_is_that_of_two_calls_but_takes_one(tiny, precision):
     loaded, ticks = Loaded(tiny, f"--precision {precision}"), []
-    unet, text = loaded.model.pipe.unet, loaded.model.text
-    assert unet.dtype == text.dtype == model.DTYPES[precision]
+    unet, text = loaded.model.network, embeddings(loaded.model, [1, 3, 4])
+    assert unet.dtype == text.dtype == DTYPES[precision]
     loaded.model.policy.on_call = lambda: ticks.append(1)
-    x, time, chosen = torch.randn(3, 4, 16, 16), torch.tensor([900, 900, 900]), [1, 3, 4]
+    x, time, chosen = torch.randn(3, 4, 16, 16), torch.tensor([900] * 3), torch.tensor([1, 3, 4])
     x[1] = x[0]  # equal rows go through the UNet all the same
     rows = count_rows(unet)
     with torch.no_grad():
-        out = loaded.model.policy(x, time, embeddings(text, chosen))
+        out = loaded.model.policy(x, time, chosen)
         assert rows == [6] and len(ticks) == 1
         empty, prompted = (
-            unet(x.to(unet.dtype), time, text[numbers]).sample.float()
-            for numbers in ([-1] * 3, chosen)
+            unet(x.to(unet.dtype), time, half).sample.float() for half in text.unbind(1)
         )
     assert out.dtype == torch.float32
     # bf16 has three digits; guidance trebles the error
@@ -57,12 +58,12 @@ def test_guidance_is_that_of_two_calls_but_takes_one(tiny, precision):
 
 def test_at_scale_1_the_empty_prompt_is_left_out(tiny):
     loaded = Loaded(tiny, "--guidance-scale 1")
-    unet, text = loaded.model.pipe.unet, loaded.model.text
+    unet, text = loaded.model.network, embeddings(loaded.model, [1, 3])[:, 0]
     x, time = torch.randn(2, 4, 16, 16), torch.tensor([900, 300])
     rows = count_rows(unet)
     with torch.no_grad():
-        out = loaded.model.policy(x, time, embeddings(text, [1, 3]))
-        assert torch.equal(out, unet(x, time, text[[1, 3]]).sample)
+        out = loaded.model.policy(x, time, torch.tensor([1, 3]))
+        assert torch.equal(out, unet(x, time, text).sample)
     assert rows == [2, 2]
 
 
@@ -71,11 +72,12 @@ def test_v_prediction_becomes_the_epsilon_of_diffusers(tmp_path):
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, **v)
     pipe.save_pretrained(tmp_path)
     loaded = Loaded(tmp_path).model
-    x, cond = torch.randn(2, 4, 16, 16), embeddings(loaded.text, [1, 3])
+    x, cond = torch.randn(2, 4, 16, 16), torch.tensor([1, 3])
+    text = embeddings(loaded, [1, 3])
     for i, t in enumerate(loaded.schedule.timesteps):
         with torch.no_grad():
             mean = d3po.policy_mean(loaded.policy, loaded.schedule, i, x, cond)
-            empty, prompted = (loaded.pipe.unet(x, t, text).sample for text in cond.unbind(1))
+            empty, prompted = (loaded.network(x, t, half).sample for half in text.unbind(1))
         v, noise = empty + 3 * (prompted - empty), torch.zeros_like(x)
         step = loaded.pipe.scheduler.step(v, t, x, eta=1.0, variance_noise=noise)
         torch.testing.assert_close(mean, step.prev_sample, atol=1e-5, rtol=1e-5)
@@ -84,8 +86,8 @@ def test_v_prediction_becomes_the_epsilon_of_diffusers(tmp_path):
 def test_the_lora_is_back_on_after_an_error(tiny):
     loaded = Loaded(tiny)
     loaded.update(loaded.sample(), [[0, 1], [3, 2]])
-    unet, text = loaded.model.pipe.unet, loaded.model.text
-    x, time, cond = torch.randn(1, 4, 16, 16), torch.tensor([900]), embeddings(text, [1])
+    unet, cond = loaded.model.network, torch.tensor([1])
+    x, time = torch.randn(1, 4, 16, 16), torch.tensor([900])
     with torch.no_grad():
         tuned = loaded.model.sampler(x, time, cond)
         with pytest.raises(RuntimeError, match="no luck"), model.lora_off(unet):
@@ -128,7 +130,6 @@ VARIANTS = {  # changes of the scheduler
     "SD 1.5": {},
     "v": {"prediction_type": "v_prediction"},
     "PNDM": {"skip_prk_steps": True},
-    "linspace": {"timestep_spacing": "linspace"},  # its last step would be from model time 0
     "trailing": {"timestep_spacing": "trailing", "set_alpha_to_one": True},
     "8x8": {},
     "eta": {},
@@ -148,8 +149,7 @@ def test_images_are_those_of_the_stock_pipeline(tmp_path, variant, capsys):
     prompts = [PROMPTS[n] for n in (1, 3)]
     assert batch.prompts == [prompts[0]] * 2 + [prompts[1]] * 2
     assert batch.groups == [range(0, 2), range(2, 4)]
-    changes = {"timestep_spacing": "leading"} if variant == "linspace" else {}
-    pipe = as_ddim(StableDiffusionPipeline.from_pretrained(tmp_path), **changes)
+    pipe = as_ddim(StableDiffusionPipeline.from_pretrained(tmp_path))
     images = stock_images(pipe, loaded.args, prompts, K=2, noise=generator(0, 1, 2))
     assert images[0].size == ((32, 32) if variant == "8x8" else (64, 64))
     assert same_images(batch.images, images)
@@ -250,7 +250,7 @@ def test_a_model_that_predicts_x_0_is_refused(tiny, tmp_path):
     file = folder / "scheduler" / "scheduler_config.json"
     config = json.loads(file.read_text()) | {"prediction_type": "sample"}
     file.write_text(json.dumps(config))
-    assert "predicts x_0: give one that predicts epsilon or v" in refusal(folder)
+    assert "it predicts 'sample', not epsilon, v or a flow" in refusal(folder)
 
 
 def test_steps_and_noise_that_a_schedule_cannot_have_are_refused(tiny):

@@ -254,7 +254,7 @@ REFUSED = {
     "--lr inf": "--lr: inf: give a positive number",
     "--epochs 0": "--epochs: 0: give a positive number",
     "--epochs 1.5": "--epochs: invalid int value: '1.5'",
-    "--guidance-scale 0": "--guidance-scale: 0",
+    "--guidance-scale -1": "--guidance-scale: -1: give a positive number",
     "--lora-rank 0": "--lora-rank: 0",
     "--eval-every 0": "--eval-every: 0",
     "--skip-last 20": "--skip-last 20: some of the --num-steps 20 must be left",

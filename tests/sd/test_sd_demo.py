@@ -596,8 +596,10 @@ def test_a_finished_run_is_resumed_with_more_epochs(tiny, scorers, tmp_path, no_
     short = run(tiny, tmp_path / "short", objective, "--epochs 1")
     command = run_folder.read_json(short / "config.json")["command"]
     sd_demo.main(["--resume", str(short), "--epochs", "2"])
-    assert outcome(short) == outcome(run(tiny, tmp_path / "long", objective))
-    config = run_folder.read_json(short / "config.json")
+    long = run(tiny, tmp_path / "long", objective)
+    assert outcome(short) == outcome(long)
+    config, unbroken = (run_folder.read_json(out / "config.json") for out in (short, long))
+    assert config["initial"] == unbroken["initial"]
     assert config["epochs"] == 2 and config["command"] == command
 
 

@@ -1,4 +1,7 @@
-"""`python toy/train_toy.py` with no flag keeps the promises of the README: one training, 30 s."""
+"""`python toy/train_toy.py` with no flag keeps the promises of the README: one training, 30 s.
+
+So does it with --model flow.
+"""
 
 import json
 import math
@@ -7,16 +10,25 @@ import numpy as np
 import pytest
 import torch
 
-import d3po
-from toy import ddpm, optimum, train_toy, worlds
+from toy import ddpm, flow, optimum, train_toy, worlds
 
 RING = worlds.MIXTURES["ring"]
+VARIANCE = ddpm.data_variance(RING)
+UNTRAINED = {
+    "ddpm": lambda: ddpm.MLP(VARIANCE),
+    "flow": lambda: flow.FlowDenoiser(flow.Velocity(VARIANCE)),
+}
+
+
+@pytest.fixture(scope="module", params=["ddpm", pytest.param("flow", marks=pytest.mark.slow)])
+def name(request):
+    return request.param
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    out = tmp_path_factory.mktemp("default") / "run"
-    train_toy.main(["--out", str(out)])
+def run(name, tmp_path_factory):
+    out = tmp_path_factory.mktemp(name) / "run"
+    train_toy.main(["--out", str(out), *(["--model", name] if name != "ddpm" else [])])
     return out
 
 
@@ -34,13 +46,14 @@ def test_it_keeps_its_promises(run):
     assert (after > before).float().mean() >= 0.85
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert len(rows) == config["epochs"]
-    assert rows[-1]["attained_share"] >= 0.90  # 0.95 here; 256 chains err by 0.01
+    assert rows[-1]["attained_share"] >= 0.85  # 256 chains err by 0.03; the next test is exact
 
 
-def test_its_share_is_that_of_quadrature(run):
+def test_its_share_is_that_of_quadrature(run, name):
     """The stored policy, by an evaluation that samples nothing, against the last of the log."""
-    schedule = d3po.make_schedule(worlds.ALPHA_BARS, 20)
-    policy = ddpm.Adapter(ddpm.MLP(ddpm.data_variance(RING)), schedule, RING)
+    model = train_toy.MODELS[name]
+    schedule = model.make_schedule(20, 1.0)
+    policy = ddpm.Adapter(UNTRAINED[name](), schedule, RING, alpha_bars=model.alpha_bars)
     policy.load_state_dict(torch.load(run / "policy.pt"))
     numbers = json.loads((run / "config.json").read_text())["optimum"]
     score, kl = optimum.evaluate(
@@ -48,8 +61,8 @@ def test_its_share_is_that_of_quadrature(run):
     )
     share = (score - 0.3 * kl - numbers["j_ref"]) / (numbers["j_gauss"] - numbers["j_ref"])
     last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
-    assert share == pytest.approx(last["attained_share"], abs=0.05)
-    assert share >= 0.90
+    assert share == pytest.approx(last["attained_share"], abs=0.1)  # 256 chains: 3 standard errors
+    assert share >= 0.90  # 0.95 here, 0.94 for the flow
 
 
 def test_the_learned_reference_samples_the_ring(run):
@@ -59,19 +72,20 @@ def test_the_learned_reference_samples_the_ring(run):
     assert (share - 1 / 8).abs().max() < 0.03  # the error of a share is 0.005
 
 
-def test_the_learned_reference_is_close_to_the_exact_denoiser(run):
+def test_the_learned_reference_is_close_to_the_exact_denoiser(run, name):
     """Its training loss exceeds the exact denoiser's by the mean of |eps_theta - eps|^2."""
-    learned = ddpm.MLP(ddpm.data_variance(RING))
+    model, learned = train_toy.MODELS[name], UNTRAINED[name]()
+    exact = worlds.exact_denoiser(RING, model.alpha_bars)
     prefix = "reference.denoiser."
     stored = torch.load(run / "policy.pt").items()
     learned.load_state_dict({k.removeprefix(prefix): v for k, v in stored if prefix in k})
     n, generator = 20_000, torch.Generator().manual_seed(9)
     x_0 = worlds.sample_data(RING, n, generator)
     noise = torch.randn(n, 2, generator=generator)
-    for time in d3po.make_schedule(worlds.ALPHA_BARS, 20).timesteps.tolist():
-        ab = worlds.ALPHA_BARS[time]
+    for time in model.make_schedule(20, 1.0).timesteps.tolist():
+        ab = model.alpha_bars[time].float()
         x = ab.sqrt() * x_0 + (1 - ab).sqrt() * noise
         times = torch.full((n,), time)
         with torch.no_grad():
-            excess = (learned(x, times) - worlds.exact_denoiser(RING)(x, times)).square().mean()
+            excess = (learned(x, times) - exact(x, times)).square().mean()
         assert math.sqrt(excess) < 0.1, time  # a tenth of the noise, whose variance is 1

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from toy.files import append_lines, write_json, write_tensors
+from toy.files import append_lines, write_json, write_tables, write_tensors
 
 
 def test_writing_replaces_the_old_file_and_leaves_nothing_else(tmp_path):
@@ -43,3 +43,18 @@ def test_rows_are_appended_one_a_line_and_on_disk_at_once(tmp_path):
     append_lines(path, [{"n": 3}])
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     assert rows == [{"n": 1}, {"n": 2}, {"n": 3}]
+
+
+def test_tables_are_replaced_and_the_text_around_them_stays(tmp_path):
+    page, mark = tmp_path / "page.md", "<!-- mark -->\n"
+    page.write_text(f"# By hand\n{mark}old\n{mark}between\n{mark}{mark}at the end\n")
+    for _ in range(2):
+        write_tables(page, mark, ["| a |\n", "| b |\n"])
+        expected = ["# By hand\n", "\n| a |\n\n", "between\n", "\n| b |\n\n", "at the end\n"]
+        assert page.read_text().split(mark) == expected
+    with pytest.raises(ValueError):
+        write_tables(page, mark, ["| a |\n"])
+    assert page.read_text().split(mark) == expected
+
+    write_tables(tmp_path / "new.md", mark, ["| a |\n"])
+    assert (tmp_path / "new.md").read_text() == f"{mark}\n| a |\n\n{mark}"

@@ -70,6 +70,9 @@ def test_every_panel_names_what_it_shows(run):
     assert all(axis.get_xlabel() and axis.get_ylabel() for axis in panels)
     title = figure._suptitle.get_text()
     assert all(word in title for word in ("grid", "greedy", "chain", "0.5", "seed 3"))
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(config | {"model": "flow"}))
+    assert "flow" in plots.run_figure(run)._suptitle.get_text() and "flow" not in title
 
 
 def test_one_epoch_is_enough(run):

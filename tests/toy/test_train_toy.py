@@ -23,7 +23,9 @@ EPOCHS, PAIRS = 3, 8
 def small_world():
     """A reference trained for 30 steps, a coarse grid, few final chains: a run learns nothing."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_toy, "pretrain", partial(ddpm.pretrain, steps=30))
+        for name, model in train_toy.MODELS.items():
+            short = model._replace(pretrain=partial(model.pretrain, steps=30))
+            patch.setitem(train_toy.MODELS, name, short)
         patch.setattr(optimum, "solve", partial(optimum.solve, spacing=0.2))
         patch.setattr(train_toy, "SAMPLES", 100)
         yield
@@ -96,6 +98,9 @@ def refused(capsys, *flags):
         ("--labels guess", "--labels guess bradley-terry greedy"),
         ("--loss ppo", "--loss ppo eq14 eq12 chain"),
         ("--reference none", "--reference none learned exact"),
+        ("--model sd", "--model sd ddpm flow"),
+        ("--model flow --num-steps 1000", "1000 999"),
+        ("--model flow --num-steps 0", "0 999"),
         ("--ep 3", "--ep"),
         ("stray", "stray"),
         ("--out .", "--out ."),
@@ -113,7 +118,8 @@ def test_bad_input_is_refused_in_one_sentence(flags, words, capsys, tmp_path, mo
 def test_an_unwritable_folder_is_refused_before_anything_is_trained(
     below, capsys, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(train_toy, "pretrain", None)
+    untrained = train_toy.MODELS["ddpm"]._replace(pretrain=None)
+    monkeypatch.setitem(train_toy.MODELS, "ddpm", untrained)
     (tmp_path / "file").write_text("")
     error = refused(capsys, "--out", str(tmp_path / "file" / below))
     assert "--out" in error and str(tmp_path / "file") in error
@@ -135,7 +141,7 @@ def test_a_run_leaves_its_folder(tiny):
     config = strict((tiny / "config.json").read_text())
     assert config["epochs"] == EPOCHS and config["pairs"] == PAIRS and config["num_steps"] == 4
     assert config["out"] == str(tiny)
-    assert {"mixture", "preference", "labels", "reference", "eta", "loss"} <= set(config)
+    assert {"mixture", "model", "preference", "labels", "reference", "eta", "loss"} <= set(config)
     assert {"beta", "lr", "replay", "seed", "git_revision", "optimum"} <= set(config)
     assert config["versions"]["torch"] == torch.__version__
     assert {"j_ref", "j_gauss", "j_star", "score_star", "kl_star"} <= set(config["optimum"])
@@ -192,7 +198,8 @@ def test_the_stored_weights_are_the_policy_of_the_stored_samples(tiny):
 
 def test_training_leaves_the_reference_alone(tiny):
     torch.manual_seed(strict((tiny / "config.json").read_text())["seed"])
-    reference, stored = train_toy.pretrain(worlds.MIXTURES["ring"]), torch.load(tiny / "policy.pt")
+    reference = train_toy.MODELS["ddpm"].pretrain(worlds.MIXTURES["ring"])
+    stored = torch.load(tiny / "policy.pt")
     for name, value in reference.state_dict().items():
         assert torch.equal(stored[f"reference.denoiser.{name}"], value)
 
@@ -228,6 +235,8 @@ def test_the_same_seed_gives_the_same_bytes(tiny, tmp_path):
         "--replay 0",
         "--replay 2",
         "--reference exact",
+        "--model flow",
+        "--model flow --reference exact --eta 0.5",
         "--mixture grid --preference avoid",
         "--mixture islands --eta 0.3",
         "--num-steps 1",

@@ -1,0 +1,282 @@
+"""Stock diffusers pipelines: load one, or refuse it; ask it for its conditioning; decode, encode.
+
+A pipeline is asked, not rebuilt: a hook on its network notes the arguments of the first pass and
+stops it. So a family needs no code of its own, but for how its latents are packed.
+"""
+
+import inspect
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+)
+from diffusers.loaders import single_file_utils
+from PIL import Image
+from safetensors import safe_open
+from torch import Tensor, nn
+from tqdm import tqdm
+
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+NETWORKS = {  # of what can be trained; pipelines alike may call their network twice a step
+    StableDiffusionPipeline: "unet",
+    StableDiffusionXLPipeline: "unet",
+    StableDiffusion3Pipeline: "transformer",
+    FluxPipeline: "transformer",
+}
+# Flags by pipeline class, and where they are from; beside Stable Diffusion none is measured here
+PRESETS = {
+    "StableDiffusionXLPipeline": ("--guidance-scale 5", "the stock pipeline"),
+    "StableDiffusion3Pipeline": ("--guidance-scale 4.5", "flow_grpo, which trains at 512x512"),
+    "FluxPipeline": ("--guidance-scale 3.5", "the stock pipeline; flow_grpo trains at 512x512"),
+}
+# Samplers of one and the same process, x_t = sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) eps
+SCHEDULERS = """
+    DDIM DDPM PNDM LMSDiscrete EulerDiscrete EulerAncestralDiscrete HeunDiscrete KDPM2Discrete
+    KDPM2AncestralDiscrete DPMSolverMultistep DPMSolverSinglestep DPMSolverSDE UniPCMultistep
+    DEISMultistep
+""".split()
+SINGLE_FILES = {  # by diffusers' name of what a checkpoint holds
+    "v1": StableDiffusionPipeline,
+    "v2": StableDiffusionPipeline,
+    "xl_base": StableDiffusionXLPipeline,
+    "sd3": StableDiffusion3Pipeline,
+    "sd35_medium": StableDiffusion3Pipeline,
+    "sd35_large": StableDiffusion3Pipeline,
+    "flux": FluxPipeline,
+}
+CACHED_BYTES = 5e8  # of conditioning that is kept
+
+
+def load_pipeline(name: str, precision: str) -> DiffusionPipeline:
+    """From the hub, a folder or one .safetensors file; ValueError, in a sentence, otherwise."""
+    dtype = DTYPES[precision]
+    try:
+        if name.endswith(".safetensors"):
+            return load_single_file(name, dtype)
+        kind = pipeline_class(DiffusionPipeline.load_config(name)["_class_name"])
+        options = {"variant": only_variant(Path(name), NETWORKS[kind])}
+        if kind is StableDiffusionPipeline:
+            options |= {"safety_checker": None, "requires_safety_checker": False}
+        return kind.from_pretrained(name, dtype=dtype, **options)
+    except Exception as error:  # the hub's client raises many kinds
+        remedy = "it needs network access; or give a folder"
+        if Path(name).exists():
+            remedy = "give another folder"
+        if name.endswith(".safetensors"):
+            remedy = "one file needs network access once, for the settings that it lacks"
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"--model {name} cannot be loaded: {remedy} ({reason})") from error
+
+
+def pipeline_name(model: str) -> str | None:
+    """The class that a folder or hub id says it is, where that can be read."""
+    try:
+        return DiffusionPipeline.load_config(model)["_class_name"]
+    except Exception:  # the hub's client raises many kinds; loading the model tells which
+        return None
+
+
+def pipeline_class(name: str) -> type[DiffusionPipeline]:
+    classes = {kind.__name__: kind for kind in NETWORKS}
+    if name not in classes:
+        raise ValueError(f"it is a {name}, and this script trains {', '.join(classes)}")
+    return classes[name]
+
+
+def load_single_file(file: str, dtype: torch.dtype) -> DiffusionPipeline:
+    """A pipeline from one checkpoint, such as a community model; its class is read off its keys."""
+    if not Path(file).is_file():
+        raise ValueError("there is no such file")
+    weights = single_file_utils.load_single_file_checkpoint(file)
+    if any("lora" in key for key in weights):
+        raise ValueError("it is a LoRA: give its model, and this with --init-lora")
+    family = single_file_utils.infer_diffusers_model_type(weights).partition("-")[0]
+    if family not in SINGLE_FILES:
+        raise ValueError(f"it holds a '{family}', and this script trains {', '.join(SINGLE_FILES)}")
+    return SINGLE_FILES[family].from_single_file(file, torch_dtype=dtype)
+
+
+def only_variant(folder: Path, network: str) -> str | None:
+    """fp16 where a folder has no other weights. ValueError for weights with a LoRA inside."""
+    files = sorted((folder / network).glob("*.safetensors"))
+    for file in files[:1]:
+        with safe_open(file, "pt") as weights:
+            with_lora = any("lora_" in key for key in weights.keys())
+        if with_lora:
+            raise ValueError(
+                "it was saved with a LoRA that is not fused: save it after fuse_lora() and "
+                "unload_lora_weights(), or give the model without it and --init-lora"
+            )
+    return "fp16" if files and all(".fp16." in file.name for file in files) else None
+
+
+def fuse_lora(pipe: DiffusionPipeline, path: str) -> None:
+    """Put a LoRA into the weights for good. Raises ValueError where it does not fit."""
+    try:
+        pipe.load_lora_weights(path)
+        if not pipe.get_list_adapters():
+            raise ValueError("none of its layers is in this model")
+        pipe.fuse_lora()
+        pipe.unload_lora_weights()
+    except Exception as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"--init-lora {path} does not fit this model ({reason})") from error
+
+
+def prediction_of(pipe: DiffusionPipeline, model: str) -> str:
+    """What the network predicts: epsilon, v_prediction or flow.
+
+    Raises ValueError, in a sentence, where its chain is not one that d3po.py knows.
+    """
+    name, config = type(pipe.scheduler).__name__, pipe.scheduler.config
+    if isinstance(pipe.scheduler, FlowMatchEulerDiscreteScheduler):
+        return "flow"
+    prediction = config.get("prediction_type", "epsilon")
+    if name.removesuffix("Scheduler") not in SCHEDULERS or config.get("use_flow_sigmas"):
+        problem = f"its {name} samples another process than DDIM's or a rectified flow's"
+    elif prediction not in ("epsilon", "v_prediction"):
+        problem = f"it predicts '{prediction}', not epsilon, v or a flow"
+    elif config.get("thresholding") or config.get("clip_sample"):
+        problem = f"its {name} clips x_0, which no Gaussian step does"
+    else:
+        return prediction
+    raise ValueError(f"--model {model} cannot be trained: {problem}")
+
+
+def use_ddim(pipe: DiffusionPipeline) -> str | None:
+    """Give an epsilon or v model DDIM's scheduler; return the name of another that it had."""
+    old = pipe.scheduler
+    options = {"set_alpha_to_one": False, "clip_sample": False}  # DDIM's own defaults are True
+    pipe.scheduler = DDIMScheduler.from_config(old.config, **options)
+    same = type(old) is DDIMScheduler and not old.config.set_alpha_to_one
+    return None if same else type(old).__name__
+
+
+# Conditioning
+
+
+class FirstPass(Exception):
+    """Ends a stock pipeline's call at the first pass of its network."""
+
+
+class Conditioning:
+    """What a stock pipeline gives its network for each prompt, by number; encoded when needed.
+
+    options: of the pipeline's call: steps, guidance, height and width.
+    """
+
+    def __init__(self, pipe: DiffusionPipeline, prompts: list[str], **options):
+        self.pipe, self.prompts, self.options = pipe, prompts, options
+        self.network = getattr(pipe, NETWORKS[type(pipe)])
+        self.device, self.cache = pipe.device, {}
+        self.first = self.inputs([0])[0]
+        self.latents = self.first["latents"]  # (halves of guidance, *D)
+        self.halves = len(self.latents)
+        start = pipe.scheduler.timesteps[0].item()
+        self.time_unit = self.first["timestep"].flatten()[0].item() / start  # of the network's time
+
+    def inputs(self, numbers: list[int]) -> list[dict]:
+        """The network's arguments at the first step, on the CPU, for each of these prompts."""
+        missing = [number for number in dict.fromkeys(numbers) if number not in self.cache]
+        if missing:
+            self.move_text_encoders(self.device)
+            for number in tqdm(missing, "encode prompts", unit=" prompts", delay=2, leave=False):
+                self.cache[number] = self.record(self.prompts[number])
+            self.move_text_encoders("cpu")
+            self.forget(keep=numbers)
+        return [self.cache[number] for number in numbers]
+
+    def record(self, prompt: str) -> dict:
+        arguments = {}
+
+        def note(network, args, kwargs):
+            bound = inspect.signature(network.forward).bind(*args, **kwargs).arguments
+            first = next(iter(bound))
+            arguments.update({**bound, "latents": bound[first]})
+            del arguments[first]
+            raise FirstPass
+
+        with self.network.register_forward_pre_hook(note, with_kwargs=True), suppress(FirstPass):
+            self.pipe(prompt, **self.options)
+        return map_tensors(Tensor.cpu, arguments)
+
+    def forget(self, keep: list[int]) -> None:
+        """Drop the oldest prompts beyond CACHED_BYTES that are not needed now."""
+        sizes = []
+        map_tensors(lambda tensor: sizes.append(tensor.nbytes), self.cache[keep[0]])
+        for number in list(self.cache):
+            if len(self.cache) * sum(sizes) > CACHED_BYTES and number not in keep:
+                del self.cache[number]
+
+    def move_text_encoders(self, device) -> None:
+        for name, part in self.pipe.components.items():
+            if name.startswith("text_encoder") and part is not None:
+                part.to(device)
+
+    def batch(self, numbers: Tensor) -> dict:
+        """The arguments for a batch (B,); where there is guidance, the empty prompt's rows first.
+
+        What has no row for each half is alike for all prompts: Flux's positions.
+        """
+        unique, place = numbers.unique(return_inverse=True)
+
+        def rows(*values: Tensor) -> Tensor:
+            if values[0].shape[:1] != (self.halves,):
+                return values[0].to(numbers.device)
+            stacked = torch.stack(values, 1).to(numbers.device)  # (halves, prompts, ...)
+            return stacked[:, place].flatten(0, 1)
+
+        inputs = map_tensors(rows, *self.inputs(unique.tolist()))
+        del inputs["latents"]
+        return inputs
+
+
+def map_tensors(function: Callable, *trees):
+    """Apply a function to the tensors at one place of nested dicts; the rest is the first's."""
+    if isinstance(trees[0], dict):
+        return {key: map_tensors(function, *(tree[key] for tree in trees)) for key in trees[0]}
+    return function(*trees) if torch.is_tensor(trees[0]) else trees[0]
+
+
+# Images and latents
+
+
+@torch.no_grad()
+def decode(pipe: DiffusionPipeline, x_0: Tensor, conditioning: Conditioning) -> list[Image.Image]:
+    """The images of final states (B, *D)."""
+    if isinstance(pipe, FluxPipeline):  # its latents are rows of 2x2 patches
+        rows, columns = (conditioning.first["img_ids"].amax(0)[1:].int() + 1).tolist()
+        patch = 2 * pipe.vae_scale_factor
+        x_0 = pipe._unpack_latents(x_0, rows * patch, columns * patch, pipe.vae_scale_factor)
+    scale, shift = latent_scale(pipe.vae, x_0.device)
+    latents = (x_0.to(pipe.vae.dtype) / scale + shift).to(pipe.vae.dtype)
+    return pipe.image_processor.postprocess(pipe.vae.decode(latents).sample, output_type="pil")
+
+
+@torch.no_grad()
+def encode(pipe: DiffusionPipeline, images: list[Image.Image]) -> Tensor:
+    """Final states x_0 (B, *D) of images of the model's own size: the inverse of `decode`."""
+    pixels = pipe.image_processor.preprocess(images).to(pipe.vae.device, pipe.vae.dtype)
+    latents = pipe.vae.encode(pixels).latent_dist.mode().float()
+    scale, shift = latent_scale(pipe.vae, latents.device)
+    x_0 = (latents - shift) * scale
+    return pipe._pack_latents(x_0, *x_0.shape) if isinstance(pipe, FluxPipeline) else x_0
+
+
+def latent_scale(vae: nn.Module, device) -> tuple:
+    """Scale and shift between the network's latents and the VAE's; by channel where it has them."""
+    config = vae.config
+    scale, shift = config.scaling_factor, config.get("shift_factor") or 0.0
+    if config.get("latents_mean") and config.get("latents_std"):
+        shift = torch.tensor(config.latents_mean, device=device).view(-1, 1, 1)
+        scale = scale / torch.tensor(config.latents_std, device=device).view(-1, 1, 1)
+    return scale, shift
