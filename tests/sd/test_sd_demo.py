@@ -303,9 +303,12 @@ def done(tiny, scorers, tmp_path_factory):
     """A finished run of two epochs, and the bytes of its figures after each."""
     out, drawn = tmp_path_factory.mktemp("done") / "run", []
     draw_run = figures.draw_run
+
+    def draw_and_keep(run):
+        drawn.append([path.read_bytes() for path in draw_run(run)])
+
     with pytest.MonkeyPatch.context() as patch:
-        keep = lambda run: drawn.append([path.read_bytes() for path in draw_run(run)])  # noqa: E731
-        patch.setattr(figures, "draw_run", keep)
+        patch.setattr(figures, "draw_run", draw_and_keep)
         run(tiny, out, f"{scorers}:brightness", f"{GROUPS_OF_3} --watch {scorers}:blue")
     return out, drawn
 
