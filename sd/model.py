@@ -181,8 +181,9 @@ def load_model(
             part.requires_grad_(False)
     with suppress(NotImplementedError):  # not all can
         pipe.vae.enable_slicing()
-    if isinstance(pipe, StableDiffusionXLPipeline) and pipe.vae.config.force_upcast:
-        pipe.vae.float()  # as the stock pipeline does: it overflows in fp16
+    overflows = pipe.vae.dtype == torch.float16 and pipe.vae.config.force_upcast
+    if isinstance(pipe, StableDiffusionXLPipeline) and overflows:
+        pipe.vae.float()  # as the stock pipeline does
     call = {"num_inference_steps": args.num_steps, "guidance_scale": args.guidance_scale}
     conditioning = Conditioning(pipe, prompts, **call, height=args.height, width=args.width)
     schedule, alpha_bars = make_levels(pipe, args, prediction)

@@ -26,10 +26,10 @@ EMOJI_PRESETS = """
     --guidance-scale 1 --lr 1.5e-3 --beta 0.06 --no-gradient-checkpointing
     --eval-images 90 --eval-every 4
 """
-# Sec. 5.2's reference, and no more questions than a person answers
+# No more questions than a person answers. Sec. 5.2 has --reference previous: it collapses
 HUMAN_PRESETS = {
-    "human": "--epochs 10 --pairs-per-epoch 16 --images-per-prompt 2 --reference previous",
-    "tags": "--epochs 10 --pairs-per-epoch 8 --images-per-prompt 7 --reference previous",
+    "human": "--epochs 10 --pairs-per-epoch 16 --images-per-prompt 2",
+    "tags": "--epochs 10 --pairs-per-epoch 8 --images-per-prompt 7",
 }
 # Table 2 and Sec. 5.1 (4 GPUs, 2 batches of 10 pairs each), and what the released code adds
 PAPER_RECIPE = """

@@ -62,8 +62,10 @@ def load_pipeline(name: str, precision: str) -> DiffusionPipeline:
     try:
         if name.endswith(".safetensors"):
             return load_single_file(name, dtype)
-        kind = pipeline_class(DiffusionPipeline.load_config(name)["_class_name"])
+        config = DiffusionPipeline.load_config(name)
+        kind = pipeline_class(config["_class_name"])
         options = {"variant": only_variant(Path(name), NETWORKS[kind])}
+        options |= {part: None for part, value in config.items() if value == [None, None]}
         if kind is StableDiffusionPipeline:
             options |= {"safety_checker": None, "requires_safety_checker": False}
         return kind.from_pretrained(name, dtype=dtype, **options)

@@ -52,8 +52,8 @@ PRECEDENCE = {
     "reference": [
         (ANY, "initial"),
         (ON_EMOJI, "initial"),
-        ("--objective human --model some/thing", "previous"),
-        (TAGS, "previous"),
+        ("--objective human --model some/thing", "initial"),
+        (TAGS, "initial"),
         (f"{TAGS} {PAPER}", "initial"),
         (f"{TAGS} {PAPER} --reference previous", "previous"),
         (f"{TAGS} --reference initial", "initial"),

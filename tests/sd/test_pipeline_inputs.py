@@ -8,6 +8,7 @@ from diffusers import (
     DPMSolverMultistepScheduler,
     EDMEulerScheduler,
     LCMScheduler,
+    StableDiffusion3Pipeline,
     StableDiffusionImg2ImgPipeline,
 )
 from safetensors.torch import save_file
@@ -94,6 +95,16 @@ def test_a_vae_of_another_class(tmp_path):
     )
     loaded = Loaded(saved(tmp_path, pipe))
     assert loaded.sample((0,), 1).images[0].size == (64, 64)
+
+
+def test_sd3_without_its_third_text_encoder(tmp_path):
+    parts = make("sd3").components
+    parts |= dict.fromkeys(("text_encoder_3", "tokenizer_3"))
+    parts = {
+        name: parts[name] for name in parts if name not in ("image_encoder", "feature_extractor")
+    }
+    StableDiffusion3Pipeline(**parts).save_pretrained(tmp_path)
+    assert Loaded(tmp_path).sample((0,), 1).trajectory.x.isfinite().all()
 
 
 def test_a_folder_with_fp16_files_only(tmp_path):
