@@ -37,6 +37,11 @@ PAPER_RECIPE = """
     --eta 1 --guidance-scale 5 --loss eq14 --clip 0.1 --reference initial --skip-last 0
     --update-every trajectory --lr 3e-5 --weight-decay 1e-4 --max-grad-norm 1
 """
+EPILOG = f"""defaults of their own, after which comes what you type:
+  the emoji model: {EMOJI_PRESETS.strip()}
+  --objective human: {HUMAN_PRESETS["human"]}
+  --objective tags: {HUMAN_PRESETS["tags"]}
+  --recipe paper: {PAPER_RECIPE.strip()}"""
 PAPER_BETA = 0.1  # of the mean over the D latent elements: 0.1 / D of the sum
 UNSAVED_FLAGS = {"out", "resume", "evaluate", "dry_run", "port"}  # of one start, not of the run
 
@@ -64,6 +69,8 @@ def build_parser() -> tuple[ArgumentParser, dict]:
         prog="sd_demo.py",
         usage="%(prog)s --objective OBJECTIVE [flags]   (--help lists the flags)",
         description="D3PO on Stable Diffusion, with LoRA; labels from a score or from people.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
