@@ -61,7 +61,6 @@ HEADS = (
     "win rate (95 % interval)",
     "animals right",
     "KL",
-    "minutes",
 )
 BLANK_KB = jpeg_kb(Image.new("RGB", (64, 64), "white"))
 
@@ -101,7 +100,6 @@ def summary(name: str, out: Path) -> dict:
         "initial": run_folder.read_json(out / "config.json")["initial"],
         "epochs": [{key: row[key] for key in keys} for row in evaluated],
         "evaluation": run_folder.read_json(out / "evaluation.json"),
-        "seconds": sum(row["seconds_sample"] + row["seconds_train"] for row in rows),
     }
 
 
@@ -122,7 +120,6 @@ def cells(name: str, result: dict) -> list[str]:
         f"{evaluation['win_rate']:.1%} ({low:.1%} to {high:.1%})",
         f"{initial['watched']:.1%} to {tuned['watched']:.1%}",
         f"{result['epochs'][-1]['kl_trained']:.1f}",
-        f"{result['seconds'] / 60:.1f}",
     ]
 
 

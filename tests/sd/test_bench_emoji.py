@@ -67,6 +67,8 @@ def test_one_command_makes_page_and_figures_and_goes_on_where_it_stopped(tmp_pat
     assert (results / "emoji_lora" / bench_emoji.LORA_FILE).exists()
 
     (out / "evaluation.json").unlink()  # killed before its evaluation
+    trained = (out / "metrics.jsonl").read_text()
     bench_emoji.main(["--work", str(work)])
     again = json.loads((results / "emoji_runs.json").read_text())
-    assert again == found  # its seconds too: it was not trained again
+    assert again == found
+    assert (out / "metrics.jsonl").read_text() == trained  # its seconds too: not trained again
