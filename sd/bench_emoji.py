@@ -90,7 +90,7 @@ def run(name: str, work: Path) -> None:
 
 
 def summary(name: str, out: Path) -> dict:
-    """What the JSON keeps of a run: held-out noises over its epochs, its evaluation, its time."""
+    """What the JSON keeps of a run: held-out noises over its epochs, and its evaluation."""
     keys = ("epoch", "labels", "eval_score", "eval_win_rate", "watched", "kl", "kl_trained")
     keys += ("log_ratio_winners", "log_ratio_losers")
     rows = run_folder.read_lines(out / "metrics.jsonl")
