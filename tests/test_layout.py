@@ -9,6 +9,7 @@ ROOT = Path(__file__).resolve().parents[1]
 TOP = 6
 FLOORS = {
     "d3po": 0,
+    "sd": 0,
     "sd.run_folder": 0,
     "sd.prompts": 0,
     "sd.scorers": 1,
@@ -90,7 +91,7 @@ IN_TOY = sorted(name for name in MODULES if name.startswith("toy"))
 
 def test_each_file_of_the_table_is_there_and_each_other_has_a_floor():
     at_the_top = {name for name in MODULES if "." not in name and not is_empty(name)}
-    assert at_the_top == {"d3po", "sd_demo"}
+    assert at_the_top == {"d3po", "sd", "sd_demo"}
     rooms = {name for name in IN_SD if not is_benchmark(name)}
     assert rooms | at_the_top == FLOORS.keys()
 
