@@ -1,6 +1,6 @@
 """What sd_demo.py costs, beside whole-chain DPO and the authors' released code.
 
-    python -m sd.bench_cost    # eleven minutes on two cores; nothing else may run meanwhile
+    python -m sd.bench_cost    # seven minutes on two cores; nothing else may run meanwhile
 
 The bundled emoji model is timed and counted. SD 1.5 is its architecture at 512x512 in fp16, with
 random weights. On a CUDA GPU of 24 GB or more it is timed too; elsewhere its bytes, operations and

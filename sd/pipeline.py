@@ -7,6 +7,7 @@ stops it. So a family needs no code of its own, but for how its latents are pack
 import inspect
 from collections.abc import Callable
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -62,7 +63,9 @@ def load_pipeline(name: str, precision: str) -> DiffusionPipeline:
     try:
         if name.endswith(".safetensors"):
             return load_single_file(name, dtype)
-        config = DiffusionPipeline.load_config(name)
+        config = read_config(name)
+        if isinstance(config, Exception):
+            raise config
         kind = pipeline_class(config["_class_name"])
         options = {"variant": only_variant(Path(name), NETWORKS[kind])}
         options |= {part: None for part, value in config.items() if value == [None, None]}
@@ -72,19 +75,26 @@ def load_pipeline(name: str, precision: str) -> DiffusionPipeline:
     except Exception as error:  # the hub's client raises many kinds
         remedy = "it needs network access; or give a folder"
         if Path(name).exists():
-            remedy = "give another folder"
-        if name.endswith(".safetensors"):
-            remedy = "one file needs network access once, for the settings that it lacks"
+            remedy = f"give another {'file' if Path(name).is_file() else 'folder'}"
         reason = str(error).partition("\n")[0]
         raise ValueError(f"--model {name} cannot be loaded: {remedy} ({reason})") from error
 
 
 def pipeline_name(model: str) -> str | None:
     """The class that a folder or hub id says it is, where that can be read."""
+    config = read_config(model)
+    return None if isinstance(config, Exception) else config["_class_name"]
+
+
+@cache
+def read_config(model: str) -> dict | Exception:
+    """model_index.json of a folder or hub id, or why not: without network the hub takes minutes."""
+    if not Path(model).exists() and (model.count("/") > 1 or model[:1] in "./~"):
+        return FileNotFoundError("there is no such folder")  # a hub id is a name, or owner/name
     try:
-        return DiffusionPipeline.load_config(model)["_class_name"]
-    except Exception:  # the hub's client raises many kinds; loading the model tells which
-        return None
+        return DiffusionPipeline.load_config(model)
+    except Exception as error:  # the hub's client raises many kinds
+        return error
 
 
 def pipeline_class(name: str) -> type[DiffusionPipeline]:
@@ -104,7 +114,12 @@ def load_single_file(file: str, dtype: torch.dtype) -> DiffusionPipeline:
     family = single_file_utils.infer_diffusers_model_type(weights).partition("-")[0]
     if family not in SINGLE_FILES:
         raise ValueError(f"it holds a '{family}', and this script trains {', '.join(SINGLE_FILES)}")
-    return SINGLE_FILES[family].from_single_file(file, torch_dtype=dtype)
+    try:
+        return SINGLE_FILES[family].from_single_file(file, torch_dtype=dtype)
+    except Exception as error:
+        raise ValueError(
+            f"a single file needs network access once, for the settings that it lacks: {error}"
+        ) from error
 
 
 def only_variant(folder: Path, network: str) -> str | None:
