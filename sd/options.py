@@ -183,7 +183,8 @@ def presets(parser: ArgumentParser, typed: dict) -> dict:
         return vars(parser.parse_args(flags.split()))
 
     model = typed.get("model", SD15 if torch.cuda.is_available() else str(EMOJI))
-    settings = settings_of(PRESETS.get(pipeline_name(model), ("", ""))[0])
+    kind = None if model == SD15 else pipeline_name(model)  # the default asks no hub
+    settings = settings_of(PRESETS.get(kind, ("", ""))[0])
     settings["model"] = model
     if Path(model) == EMOJI:
         settings |= settings_of(EMOJI_PRESETS)
