@@ -50,13 +50,13 @@ class Run(NamedTuple):
 
 def train(run: Run, epochs_done: int, bar: tqdm) -> None:
     """Alg. 1, from the epoch after the last one done."""
-    args, accelerator, model, optimizer, feedback = run
+    args, accelerator, model = run.args, run.accelerator, run.model
     initial_eval = evaluate_initial(run) if accelerator.is_main_process else None
     last_overflows = []
 
     for epoch in range(epochs_done + 1, args.epochs + 1):  # line 2
         cosine = (1 + math.cos(math.pi * (epoch - 1) / args.epochs)) / 2
-        optimizer.param_groups[0]["lr"] = args.lr * cosine
+        run.optimizer.param_groups[0]["lr"] = args.lr * cosine
         started = time.perf_counter()
 
         # Sample groups of K images, each from one prompt and one x_T: lines 3-11
@@ -64,7 +64,7 @@ def train(run: Run, epochs_done: int, bar: tqdm) -> None:
         sampled = time.perf_counter()
 
         # Score them, or ask people: lines 12-22
-        labels = feedback.label(batches, epoch)
+        labels = run.feedback.label(batches, epoch)
         labelled = time.perf_counter()
 
         # Train on the pairs: lines 23-36
@@ -105,9 +105,9 @@ def train(run: Run, epochs_done: int, bar: tqdm) -> None:
             bar.write(metrics.format_metrics(row, args.epochs, initial_eval.as_row()))
             figures.draw_run(args.out)
             save(run, epoch)
-            feedback.status(f"Sampling, epoch {epoch + 1}")
+            run.feedback.status(f"Sampling, epoch {epoch + 1}")
         accelerator.wait_for_everyone()
-    feedback.close()
+    run.feedback.close()
 
 
 def sample_epoch(run: Run, epoch: int) -> list[Batch]:
@@ -141,7 +141,7 @@ def update_batch(
     Gradients are those of the mean over the pairs of all processes; one without pairs takes part
     with weight 0.
     """
-    args, accelerator, model, optimizer, _ = run
+    args, accelerator, model = run.args, run.accelerator, run.model
     count = torch.tensor(float(len(pairs)), device=accelerator.device)
     total = accelerator.reduce(count).item()
     if total == 0:
@@ -161,9 +161,9 @@ def update_batch(
             norm = accelerator.clip_grad_norm_(model.lora, args.max_grad_norm)
             finite = accelerator.scaler is not None or norm.isfinite().item()
             if finite:  # a GradScaler looks at the gradient itself
-                optimizer.step()
-            overflows.append(not finite or optimizer.step_was_skipped)
-            optimizer.zero_grad()
+                run.optimizer.step()
+            overflows.append(not finite or run.optimizer.step_was_skipped)
+            run.optimizer.zero_grad()
     if args.loss == "chain":  # its loss comes in pieces
         losses = [len(steps) * loss for loss in losses]
     return losses, overflows
@@ -260,7 +260,7 @@ def main(argv: list[str] | None = None) -> None:
     accelerator = make_accelerator(args.precision)
     is_main, people = accelerator.is_main_process, args.objective in options.HUMAN_PRESETS
     quiet = args.dry_run or not is_main
-    bar = tqdm(unit=" UNet calls", mininterval=0.5, delay=0.1, disable=quiet)
+    bar = tqdm(unit=" passes", mininterval=0.5, delay=0.1, disable=quiet)
     try:
         options.check_batches(args, accelerator.num_processes)
         prompts = load_prompts(args.prompts)
