@@ -76,7 +76,10 @@ def describe(cost: Cost, model: Model, args: Namespace) -> str:
     preset = ""
     if kind in PRESETS:
         flags, source = PRESETS[kind]
-        preset = f"{kind}: {flags} unless you say otherwise, from {source}; not measured here.\n"
+        preset = (
+            f"{kind}: the default {flags} is from {source}.\n"
+            "Its --num-steps, --skip-last and --beta are those of SD 1.5; none is measured here.\n"
+        )
     beside = "" if cost.memory_known else " of weights; what training adds is not known here"
     return (
         f"{args.model} on {device}; {args.precision}; "
