@@ -194,7 +194,9 @@ class Conditioning:
     def __init__(self, pipe: DiffusionPipeline, prompts: list[str], **options):
         self.pipe, self.prompts, self.options = pipe, prompts, options
         self.network = getattr(pipe, NETWORKS[type(pipe)])
+        self.signature = inspect.signature(self.network.forward)
         self.device, self.cache = pipe.device, {}
+        self.last_numbers = self.last_inputs = None  # of `batch`
         self.first = self.inputs([0])[0]
         self.latents = self.first["latents"]  # (halves of guidance, *D)
         self.halves = len(self.latents)
@@ -216,7 +218,7 @@ class Conditioning:
         arguments = {}
 
         def note(network, args, kwargs):
-            bound = inspect.signature(network.forward).bind(*args, **kwargs).arguments
+            bound = self.signature.bind(*args, **kwargs).arguments
             first = next(iter(bound))
             arguments.update({**bound, "latents": bound[first]})
             del arguments[first]
@@ -242,8 +244,14 @@ class Conditioning:
     def batch(self, numbers: Tensor) -> dict:
         """The arguments for a batch (B,); where there is guidance, the empty prompt's rows first.
 
-        What has no row for each half is alike for all prompts: Flux's positions.
+        What has no row for each half is alike for all prompts: Flux's positions. All steps of a
+        batch have one tensor of numbers, so its arguments are put together, and moved, once.
         """
+        if numbers is not self.last_numbers:
+            self.last_numbers, self.last_inputs = numbers, self.stack(numbers)
+        return {**self.last_inputs}
+
+    def stack(self, numbers: Tensor) -> dict:
         unique, place = numbers.unique(return_inverse=True)
 
         def rows(*values: Tensor) -> Tensor:
