@@ -55,7 +55,8 @@ from transformers import CLIPTextModel
 import d3po
 import sd_demo
 from sd import model, options, run_folder
-from sd.model import Batch, PipelinePolicy
+from sd.memory import LabelledBatch
+from sd.model import PipelinePolicy
 from sd.pipeline import DTYPES
 from sd.prompts import load_prompts
 from toy.emoji_sd import models
@@ -234,7 +235,7 @@ class Bench:
         self.cond = numbers.repeat_interleave(K, 0).to(device)
         x_T = torch.randn(groups, *self.model.latent_shape)
         self.x_T = x_T.repeat_interleave(K, 0).to(device)
-        self.batch = Batch(self.sample(), self.cond, [], [], K)
+        self.batch = LabelledBatch(self.sample(), self.cond, self.pairs)
 
     @property
     def units(self) -> int:
@@ -263,9 +264,11 @@ class Bench:
         setup, every = self.setup, "trajectory" if loss == "chain" else "timestep"
         changed = {"reference": reference, "loss": loss, "update_every": every}
         args = Namespace(**{**vars(setup.args), **changed})
-        run = sd_demo.Run(args, setup.accelerator, self.model, setup.optimizer, feedback=None)
+        run = sd_demo.Run(
+            args, setup.accelerator, self.model, None, setup.optimizer, feedback=None, memory=None
+        )
         ref = sd_demo.reference_log_prob(run, self.batch)
-        sd_demo.update_batch(run, self.batch, self.pairs, ref_log_prob=ref, steps=self.steps)
+        sd_demo.update_batch(run, self.batch, ref_log_prob=ref, steps=self.steps)
 
     def log_prob(self, denoiser: PipelinePolicy, i: int, chosen: Tensor) -> Tensor:
         """Of action i of the chosen trajectories."""

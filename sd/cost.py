@@ -21,16 +21,18 @@ class Cost(NamedTuple):
     rows_without_gradient: int
     rows_with_gradient: int
     calls: int  # of the UNet on one device
+    calls_given: int  # of a pass over the images of --labels
     calls_eval: int  # of an evaluation of the held-out noises
     lora_weights: int
     memory_gb: float  # of weights, optimizer and what autograd holds
     memory_known: bool  # False: without what autograd holds
 
 
-def estimate(model: Model, args: Namespace, processes: int) -> Cost:
-    """Count what an epoch of a run takes."""
+def estimate(model: Model, args: Namespace, processes: int, groups_given: int = 0) -> Cost:
+    """Count what an epoch of a run takes. groups_given: of --labels."""
     network, K, T = model.network, args.images_per_prompt, args.num_steps
-    groups, batches = args.pairs_per_epoch, args.pairs_per_epoch // (args.batch_size * processes)
+    across = args.batch_size * processes
+    groups, batches = args.pairs_per_epoch, args.pairs_per_epoch // across
     trained = 1 if args.loss == "eq12" else T - args.skip_last
     without_gradient = 0  # steps
     if args.reference == "initial":
@@ -39,7 +41,8 @@ def estimate(model: Model, args: Namespace, processes: int) -> Cost:
         without_gradient += trained
     checks = T if args.reference == "initial" else 2 * T  # the metrics of one batch
 
-    rows = groups * K * model.conditioning.halves
+    of_group = K * model.conditioning.halves
+    rows, rows_trained = groups * of_group, (groups + args.replay * across) * of_group
     lora = sum(p.numel() for p in model.lora)
     weights = sum(
         p.numel() * p.element_size()
@@ -50,15 +53,16 @@ def estimate(model: Model, args: Namespace, processes: int) -> Cost:
     known = isinstance(model.pipe, StableDiffusionPipeline)
     if known:
         first_map = math.prod(model.latent_shape[1:]) * network.config.block_out_channels[0]
-        maps = ACTIVATION_MAPS[args.gradient_checkpointing] * args.batch_size * rows // groups
+        maps = ACTIVATION_MAPS[args.gradient_checkpointing] * args.batch_size * of_group
         memory += maps * first_map * network.dtype.itemsize
 
     return Cost(
         labels=groups if args.objective == "tags" else groups * K * (K - 1) // 2,
         rows_sampled=rows * T,
-        rows_without_gradient=rows * without_gradient,
-        rows_with_gradient=rows * trained,
-        calls=batches * (T + without_gradient + trained) + checks,
+        rows_without_gradient=rows_trained * without_gradient,
+        rows_with_gradient=rows_trained * trained,
+        calls=batches * T + (batches + args.replay) * (without_gradient + trained) + checks,
+        calls_given=math.ceil(groups_given / across) * (without_gradient + trained) + checks,
         calls_eval=math.ceil(args.eval_images / (args.batch_size * K)) * T,
         lora_weights=lora,
         memory_gb=memory / 1e9,
@@ -80,15 +84,21 @@ def describe(cost: Cost, model: Model, args: Namespace) -> str:
             f"{kind}: the default {flags} is from {source}.\n"
             "Its --num-steps, --skip-last and --beta are those of SD 1.5; none is measured here.\n"
         )
+    epoch = ""
+    if args.objective:
+        again = f", and {args.replay} batches of earlier ones" if args.replay else ""
+        epoch = (
+            f"Objective {args.objective}. An epoch: {args.pairs_per_epoch} groups of "
+            f"{args.images_per_prompt} images, {cost.labels} labels{again};\n"
+            f"Evaluations of the network: {cost.rows_sampled:,} to sample, "
+            f"{cost.rows_without_gradient:,} without and {cost.rows_with_gradient:,} with gradient "
+            "to train.\n"
+        )
     beside = "" if cost.memory_known else " of weights; what training adds is not known here"
     return (
         f"{args.model} on {device}; {args.precision}; "
         f"LoRA rank {args.lora_rank}: {cost.lora_weights / 1e6:.2f} M weights.\n"
-        f"{preset}Objective {args.objective}. An epoch: {args.pairs_per_epoch} groups of "
-        f"{args.images_per_prompt} images, {cost.labels} labels;\n"
-        f"Evaluations of the network: {cost.rows_sampled:,} to sample, "
-        f"{cost.rows_without_gradient:,} without and {cost.rows_with_gradient:,} with gradient to "
-        "train.\n"
+        f"{preset}{epoch}"
         f"beta {args.beta:.3g} per nat of a step's log-ratio, a sum over {D:,} latent elements;\n"
         f"as {args.beta * D:.3g} for their mean, which the released code takes. "
         f"Memory: about {cost.memory_gb:.1f} GB{beside}."

@@ -1,6 +1,7 @@
 """Where labels come from: a scorer or people; and the blind test of the paper's Fig. 7."""
 
 import itertools
+import json
 from argparse import Namespace
 from pathlib import Path
 
@@ -12,11 +13,12 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from sd import run_folder
+from sd import figures, run_folder
 from sd.annotate import AnnotationServer
 from sd.labels import Label, LabelError, pareto_preference, read_labels
-from sd.metrics import EvalResult, win_rate
-from sd.model import Batch
+from sd.metrics import EvalResult, win_rate, win_rate_vs_reference
+from sd.model import Batch, Model, PipelinePolicy, sample_held_out
+from sd.run_folder import Stream
 from sd.scorers import load_scorers
 
 PIXEL_TOLERANCE = 4  # mean difference, of 255, up to which an image sampled again is the same
@@ -35,7 +37,7 @@ class ScorerFeedback:
             "head": args.aesthetic_head,
             "device": accelerator.device,
         }
-        self.scorers = self.load(args.objective, prompts, options)
+        self.scorers = self.load(args.objective, prompts, options) if args.objective else []
         self.watch = load_scorers(args.watch, prompts, **options)[0] if args.watch else None
 
     def load(self, objective: str, prompts: list[str], options: dict) -> list:
@@ -76,9 +78,9 @@ class ScorerFeedback:
     def save_image(self, image: Image.Image, file: Path) -> None:
         image.save(file)
 
-    def evaluate(self, images: list[Image.Image], prompts: list[str]) -> EvalResult:
+    def evaluate(self, images: list[Image.Image], prompts: list[str], kl=None) -> EvalResult:
         watched = sum(self.watch(images, prompts)) / len(images) if self.watch else None
-        return EvalResult(images, prompts, self.scores(images, prompts), watched)
+        return EvalResult(images, prompts, self.scores(images, prompts), watched, kl)
 
     def scores(self, images: list[Image.Image], prompts: list[str]) -> Tensor:
         """(S, N), float64: scores as the S scorers gave them."""
@@ -148,6 +150,56 @@ def question(batch: Batch, epoch: int, chains: list[int], *, scores=None, **answ
         **answer,
     }
     return Label(list(chains), row)
+
+
+def evaluate_held_out(
+    feedback: ScorerFeedback,
+    model: Model,
+    denoiser: PipelinePolicy,
+    *,
+    stream: Stream = Stream.HELD_OUT,
+    save_as: int | None = None,
+) -> EvalResult:
+    """What the scorers think of images of fixed prompts and noises, whatever was trained.
+
+    save_as: the epoch under which some of the images are kept. With --max-kl there is a KL too.
+    """
+    args = feedback.args
+    images, prompts, kl = sample_held_out(model, denoiser, args, stream=stream)
+    if save_as is not None:
+        for n, image in enumerate(images[: figures.NUM_FIGURE_IMAGES]):
+            image.save(figures.held_out_file(args.out, save_as, n))
+    return feedback.evaluate(images, prompts, kl)
+
+
+def evaluate_initial(feedback: ScorerFeedback, model: Model) -> EvalResult:
+    """The model before training on the held-out noises; config.json keeps what it scores."""
+    args = feedback.args
+    result = evaluate_held_out(feedback, model, model.reference, save_as=0)
+    config = run_folder.read_json(args.out / "config.json")
+    config |= {"epochs": args.epochs, "max_kl": args.max_kl, "initial": result.as_row()}
+    run_folder.save_json(args.out / "config.json", config)
+    return result
+
+
+def compare_with_initial(feedback: ScorerFeedback, model: Model, epoch: int) -> None:
+    """--evaluate: tuned against initial model on noises that no training saw.
+
+    By the scorers, or blind by people; RUN/evaluation.json and .png keep what came out.
+    """
+    args = feedback.args
+    initial, tuned = (
+        evaluate_held_out(feedback, model, denoiser, stream=Stream.EVALUATION)
+        for denoiser in (model.reference, model.sampler)
+    )
+    if isinstance(feedback, HumanFeedback):
+        result = blind_test(feedback, tuned, initial, epoch=epoch)
+    else:
+        result = win_rate_vs_reference(tuned, initial)
+    result = {"objective": args.objective, **result}
+    run_folder.save_json(args.out / "evaluation.json", result)
+    print(json.dumps(result, indent=2))
+    print(figures.draw_pairs(initial.images, tuned.images, args.out / "evaluation.png"))
 
 
 def blind_test(

@@ -20,6 +20,7 @@ class EvalResult(NamedTuple):
     prompts: list[str]
     scores: Tensor  # (S, N) of the S scorers; (0, N) where people judge
     watched: float | None  # mean of the scorer that is only reported
+    kl: float | None = None  # of their chains to the initial model's, in the steps trained, nats
 
     @property
     def score(self) -> float | None:
@@ -48,11 +49,13 @@ def preference_metrics(log_ratio: Tensor, pairs: Tensor, beta: float) -> dict:
     }
 
 
-def kl(log_ratio: Tensor, trained_steps: int) -> dict:
+def kl(log_ratio: Tensor | None, trained_steps: int) -> dict:
     """Estimate of the KL of chains to the initial model, nats: of all steps, and of those trained.
 
-    log_ratio (T, B): log(pi_theta / pi_initial) of a policy's own chains.
+    log_ratio (T, B): log(pi_theta / pi_initial) of a policy's own chains; None if there are none.
     """
+    if log_ratio is None:
+        return dict.fromkeys(("kl", "kl_trained"))
     return {
         "kl": log_ratio.sum(0).mean().item(),
         "kl_trained": log_ratio[:trained_steps].sum(0).mean().item(),
@@ -62,9 +65,9 @@ def kl(log_ratio: Tensor, trained_steps: int) -> dict:
 def mean_score(rows: list[dict]) -> dict:
     """Mean of the first scorer over the images of labels, and its standard error.
 
-    None where people gave the labels.
+    None where people gave the labels, or a file.
     """
-    if rows[0]["scores"] is None:
+    if not rows or rows[0]["scores"] is None:
         return {"score": None, "score_sem": None}
     by_image = {}
     for row in rows:
@@ -103,9 +106,9 @@ def win_rate_vs_reference(tuned: EvalResult, initial: EvalResult) -> dict:
 def eval_row(now: EvalResult | None, initial: EvalResult) -> dict:
     """What metrics.jsonl says of held-out noises; None where they were not evaluated or scored."""
     if now is None:
-        return dict.fromkeys(("eval_score", "eval_win_rate", "watched"))
+        return dict.fromkeys(("eval_score", "eval_win_rate", "watched", "eval_kl"))
     won = win_rate_vs_reference(now, initial)["win_rate"] if len(now.scores) else None
-    return {"eval_score": now.score, "eval_win_rate": won, "watched": now.watched}
+    return {**now.as_row(), "eval_win_rate": won, "eval_kl": now.kl}
 
 
 def peak_memory_mb() -> float:
@@ -129,14 +132,17 @@ def format_metrics(row: dict, epochs: int, initial: dict) -> str:
         winners, losers = row["log_ratio_winners"], row["log_ratio_losers"]
         parts.append(f"accuracy {row['accuracy']:.0%}")
         parts.append(f"log-ratio of winners {winners:+.2f}, losers {losers:+.2f}")
-    parts.append(f"KL {row['kl']:.1f}, of it {row['kl_trained']:.1f} in the steps trained")
+    if row["kl"] is not None:
+        parts.append(f"KL {row['kl']:.1f}, of it {row['kl_trained']:.1f} in the steps trained")
+    if row["eval_kl"] is not None:
+        parts.append(f"KL of the held-out images {row['eval_kl']:.1f}")
     parts.append(f"{row['seconds_sample']:.0f} + {row['seconds_train']:.0f} s")
     if row["skipped"]:
         parts.append(f"{row['skipped']} updates skipped, their gradient overflowed")
     if (row["log_ratio_winners"] or 0) < 0:
         remedy = "try a larger --beta or a smaller --lr"
         parts.append(f"WARNING: winners lose probability too; {remedy}")
-    if row["kl_trained"] > KL_LIMIT:
+    if (row["kl_trained"] or 0) > KL_LIMIT:
         warning = f"KL to the initial model above {KL_LIMIT} nats; look at progress.png"
         parts.append(f"WARNING: {warning}")
     return "; ".join(parts)

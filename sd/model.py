@@ -63,6 +63,41 @@ def make_accelerator(precision: str) -> Accelerator:
     return Accelerator(mixed_precision=mixed, kwargs_handlers=handlers)
 
 
+class RunningAverage:
+    """The average of weights after the epochs so far: less noise, and fewer bad places on the way.
+
+    Epoch n enters with weight 10 / (n + 9) (Shamir & Zhang 2013), so it is about the last tenth of
+    the epochs. enabled=False: the weights themselves.
+    """
+
+    def __init__(self, weights: list[Tensor], *, enabled: bool):
+        self.weights, self.enabled = weights, enabled
+        self.values = None  # before the first epoch
+
+    def update(self, epoch: int) -> None:
+        if self.enabled:
+            own = [weight.detach() for weight in self.weights]
+            mean = self.values or own
+            pace = 10 / (epoch + 9)
+            self.values = [m.lerp(w, pace) for m, w in zip(mean, own, strict=True)]
+
+    @contextmanager
+    def applied(self):
+        """Inside, the model has the average; after it, the weights that are trained."""
+        own = [weight.detach().clone() for weight in self.weights]
+        set_weights(self.weights, self.values or own)
+        try:
+            yield
+        finally:
+            set_weights(self.weights, own)
+
+
+@torch.no_grad()
+def set_weights(weights: list[Tensor], values: list[Tensor]) -> None:
+    for weight, value in zip(weights, values, strict=True):
+        weight.copy_(value)
+
+
 class PipelinePolicy:
     """A pipeline's network as a denoiser of d3po.py: guided, both halves in one call, epsilon.
 
@@ -127,13 +162,16 @@ class Model(NamedTuple):
         """Log-probs (T, B) that a denoiser gives to the actions of a batch, nats, no gradient."""
         return d3po.trajectory_log_prob(denoiser, self.schedule, batch.trajectory, batch.cond)
 
-    def save_lora(self, folder: Path) -> dict:
-        """Write the LoRA as pipe.load_lora_weights reads it; return its tensors by PEFT's names."""
-        lora, part = get_peft_model_state_dict(self.network), f"{LORA_FILE}.part"
-        layers = {f"{NETWORKS[type(self.pipe)]}_lora_layers": lora}
+    def save_lora(self, folder: Path) -> None:
+        """Write the LoRA as pipe.load_lora_weights reads it."""
+        part = f"{LORA_FILE}.part"
+        layers = {f"{NETWORKS[type(self.pipe)]}_lora_layers": self.lora_state()}
         self.pipe.save_lora_weights(folder, weight_name=part, **layers)
         (folder / part).replace(folder / LORA_FILE)
-        return lora
+
+    def lora_state(self) -> dict:
+        """The LoRA's tensors by PEFT's names; they follow the training."""
+        return get_peft_model_state_dict(self.network)
 
     def load_lora(self, lora: dict) -> None:
         set_peft_model_state_dict(self.network, lora)
@@ -162,9 +200,12 @@ def load_model(
     prompts: list[str],
     accelerator: Accelerator,
     *,
+    numbered: list[str] | None = None,
     on_call: Callable = lambda: None,
 ) -> Model:
     """The pipeline of --model with a LoRA, as policy, sampler and reference.
+
+    numbered: the prompts, which are sampled from, and after them others that have a number too.
 
     Raises ValueError, in a sentence for the user, for a model that cannot be trained.
     """
@@ -185,7 +226,8 @@ def load_model(
     if isinstance(pipe, StableDiffusionXLPipeline) and overflows:
         pipe.vae.float()  # as the stock pipeline does
     call = {"num_inference_steps": args.num_steps, "guidance_scale": args.guidance_scale}
-    conditioning = Conditioning(pipe, prompts, **call, height=args.height, width=args.width)
+    size = {"height": args.height, "width": args.width}
+    conditioning = Conditioning(pipe, numbered or prompts, **call, **size)
     schedule, alpha_bars = make_levels(pipe, args, prediction)
 
     network = conditioning.network
@@ -241,13 +283,18 @@ def sample(
     *,
     images_per_prompt: int,
     generator: torch.Generator,
+    trajectory: d3po.Trajectory | None = None,
 ) -> Batch:
-    """K images from one x_T for each of the prompts, given by number (N,).   Alg. 1 lines 4-11."""
+    """K images from one x_T for each of the prompts, given by number (N,).   Alg. 1 lines 4-11.
+
+    trajectory: of these images, where they were sampled before.
+    """
     device = model.network.device
-    x_T = torch.randn(len(prompts), *model.latent_shape, generator=generator)
-    x_T = x_T.repeat_interleave(images_per_prompt, 0).to(device)
     cond = prompts.repeat_interleave(images_per_prompt).to(device)
-    trajectory = d3po.rollout(denoiser, model.schedule, x_T, cond, generator)
+    if trajectory is None:
+        x_T = torch.randn(len(prompts), *model.latent_shape, generator=generator)
+        x_T = x_T.repeat_interleave(images_per_prompt, 0).to(device)
+        trajectory = d3po.rollout(denoiser, model.schedule, x_T, cond, generator)
     images = decode(model.pipe, trajectory.x[-1], model.conditioning)
     texts = [model.prompts[number] for number in cond.tolist()]
     return Batch(trajectory, cond, texts, images, images_per_prompt)
@@ -255,9 +302,12 @@ def sample(
 
 def sample_held_out(
     model: Model, denoiser: PipelinePolicy, args: Namespace, *, stream: Stream
-) -> tuple[list[Image.Image], list[str]]:
-    """--eval-images images of fixed prompts, in turn, and noises, whatever was trained."""
-    images, prompts = [], []
+) -> tuple[list[Image.Image], list[str], float | None]:
+    """--eval-images images of fixed prompts, in turn, and noises, whatever was trained.
+
+    Returns images, prompts, and with --max-kl the KL to the initial model in the steps trained.
+    """
+    images, prompts, log_ratios = [], [], []
     size = args.batch_size * args.images_per_prompt
     for start in range(0, args.eval_images, size):
         numbers = torch.arange(start, min(start + size, args.eval_images)) % len(model.prompts)
@@ -265,4 +315,7 @@ def sample_held_out(
         batch = sample(model, denoiser, numbers, images_per_prompt=1, generator=noise)
         images += batch.images
         prompts += batch.prompts
-    return images, prompts
+        if args.max_kl and not denoiser.reference:
+            log_ratio = batch.trajectory.log_prob - model.log_prob(model.reference, batch)
+            log_ratios.append(log_ratio[: args.num_steps - args.skip_last].sum(0))
+    return images, prompts, torch.cat(log_ratios).mean().item() if log_ratios else None

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from sd import run_folder
+from sd.cost import Cost
 from sd.pipeline import DTYPES, PRESETS, pipeline_name
 from sd.scorers import AESTHETIC_HEAD, CLIP
 
@@ -26,21 +27,28 @@ EMOJI_PRESETS = """
     --guidance-scale 1 --lr 1.5e-3 --beta 0.06 --no-gradient-checkpointing
     --eval-images 90 --eval-every 4
 """
-# No more questions than a person answers. Sec. 5.2 has --reference previous: it collapses
-HUMAN_PRESETS = {
-    "human": "--epochs 10 --pairs-per-epoch 16 --images-per-prompt 2",
-    "tags": "--epochs 10 --pairs-per-epoch 8 --images-per-prompt 7",
+# A label is dear: it is used again, on the loss and with the brakes that measured best
+FEW_LABELS = """
+    --loss chain --update-every trajectory --average-weights --max-kl 30
+    --eval-images 16 --eval-every 1
+"""
+HUMAN_PRESETS = {  # no more questions than a person answers
+    "human": f"{FEW_LABELS} --replay 8 --epochs 20 --pairs-per-epoch 8 --images-per-prompt 2",
+    "tags": f"{FEW_LABELS} --replay 8 --epochs 10 --pairs-per-epoch 8 --images-per-prompt 7",
 }
+LABELS_PRESET = f"{FEW_LABELS} --epochs 6"
 # Table 2 and Sec. 5.1 (4 GPUs, 2 batches of 10 pairs each), and what the released code adds
 PAPER_RECIPE = """
     --epochs 400 --pairs-per-epoch 80 --images-per-prompt 2 --batch-size 10 --num-steps 20
     --eta 1 --guidance-scale 5 --loss eq14 --clip 0.1 --reference initial --skip-last 0
-    --update-every trajectory --lr 3e-5 --weight-decay 1e-4 --max-grad-norm 1
+    --replay 0 --no-average-weights --warm-up 1 --update-every trajectory --lr 3e-5
+    --weight-decay 1e-4 --max-grad-norm 1
 """
 EPILOG = f"""defaults of their own, after which comes what you type:
   the emoji model: {EMOJI_PRESETS.strip()}
-  --objective human: {HUMAN_PRESETS["human"]}
-  --objective tags: {HUMAN_PRESETS["tags"]}
+  --objective human: {" ".join(HUMAN_PRESETS["human"].split())}
+  --objective tags: {" ".join(HUMAN_PRESETS["tags"].split())}
+  --labels: {" ".join(LABELS_PRESET.split())}
   --recipe paper: {PAPER_RECIPE.strip()}"""
 PAPER_BETA = 0.1  # of the mean over the D latent elements: 0.1 / D of the sum
 UNSAVED_FLAGS = {"out", "resume", "evaluate", "dry_run", "port"}  # of one start, not of the run
@@ -93,10 +101,15 @@ def build_parser() -> tuple[ArgumentParser, dict]:
     )
     add = flags("what to learn")
     add("--objective", help=objectives)
+    files = ".jsonl, .json, .csv, .tsv, or a folder with w/ and l/: see sd/label_files.py"
+    both = "alone, or before the images of --objective"
+    add("--labels", help=f"learn from images that were compared already: {files}; {both}")
+    add("--images", help="folder of the images of --labels; by default the file's own")
     add("--watch", help="a scorer that is only reported, as above")
     add("--annotators", 1, type=count, help="people who answer each question of human and tags")
     add("--port", type=int, help="of their page; by default the first free one from 7860")
-    add("--prompts", "animals", help="animals, hand, unsafe (App. C), or a file, one prompt a line")
+    lists = "animals, hand, unsafe (App. C), or a file, one prompt a line"
+    add("--prompts", help=f"{lists}; by default animals, and with --labels alone those of its file")
     add("--clip-model", CLIP, help="of aesthetic and alignment: hub id or folder")
     add("--aesthetic-head", AESTHETIC_HEAD, help="state dict of its linear layers: URL or file")
 
@@ -107,7 +120,9 @@ def build_parser() -> tuple[ArgumentParser, dict]:
     add("--init-lora", help="begin from the model with this LoRA in it: folder or file")
     add("--height", type=count, help="of the images in pixels; by default the model's")
     add("--width", type=count, help="as --height")
-    add("--epochs", 50, type=count, help="times that images are sampled and trained on")
+    passes = "with --labels alone, passes over its images"
+    add("--epochs", 50, type=count, help=f"times that images are sampled and trained on; {passes}")
+    add("--passes", 4, type=count, help="over the images of --labels, before those of --objective")
     add("--pairs-per-epoch", 8, type=count, help="groups of images, each of one prompt and x_T")
     size = "size K of a group: 2 for pairs; K(K-1)/2 labels"
     add("--images-per-prompt", 4, type=int, metavar="K", help=size)
@@ -126,11 +141,18 @@ def build_parser() -> tuple[ArgumentParser, dict]:
     add("--clip", type=number, help="clamp pi_theta / pi_ref to 1 +- this")
     references = "the initial model, or the one that sampled"
     add("--reference", "initial", choices=["initial", "previous"], help=references)
+    add("--replay", 0, type=int, metavar="N", help="batches of earlier groups in each epoch")
+    further = "stop before this KL to the initial model, nats, of held-out images (--eval-every)"
+    add("--max-kl", type=number, metavar="NATS", help=further)
+    shown = "show and save the average of the weights over the last tenth of the epochs"
+    on_off = argparse.BooleanOptionalAction
+    add("--average-weights", False, action=on_off, help=shown)
     skipped = "do not train the last N steps: their sigma is tiny"
     add("--skip-last", 2, type=int, metavar="N", help=skipped)
     updates = "update the weights at each step's loss, or once after the last"
     add("--update-every", "timestep", choices=["timestep", "trajectory"], help=updates)
-    add("--lr", 3e-4, type=number, help="AdamW's first step size; it falls to 0 as a cosine")
+    add("--lr", 3e-4, type=number, help="AdamW's largest step size; it falls to 0 as a cosine")
+    add("--warm-up", 1, type=count, metavar="N", help="epochs in which the step size rises to --lr")
     add("--weight-decay", 1e-4, type=float, help="of AdamW")
     add("--max-grad-norm", 1.0, type=number, help="gradients are clipped to this norm")
     add("--lora-rank", 16, type=count, help="of the LoRA on queries, keys and values")
@@ -138,7 +160,6 @@ def build_parser() -> tuple[ArgumentParser, dict]:
     add = flags("the machine")
     precision = "fp16" if cuda else "fp32"
     add("--precision", precision, choices=list(DTYPES), help="of all but the LoRA and log-probs")
-    on_off = argparse.BooleanOptionalAction
     add("--gradient-checkpointing", True, action=on_off, help="less memory, a third more time")
 
     add = flags("the run")
@@ -158,7 +179,8 @@ def parse(argv: list[str] | None = None) -> tuple[ArgumentParser, Namespace]:
     """The settings of a run. Exits with a sentence where they cannot be meant."""
     parser, defaults = build_parser()
     typed = vars(parser.parse_args(argv))
-    for name in {"model", "init_lora"} & typed.keys():  # a run may be resumed from another folder
+    # A run may be resumed from another folder
+    for name in {"model", "init_lora", "labels", "images"} & typed.keys():
         if Path(typed[name]).exists():
             typed[name] = str(Path(typed[name]).resolve())
     try:
@@ -190,9 +212,13 @@ def presets(parser: ArgumentParser, typed: dict) -> dict:
         settings |= settings_of(EMOJI_PRESETS)
         if typed.get("prompts", "animals") == "animals":  # its classifier knows no other
             settings["watch"] = f"{EMOJI / 'classifier.py'}:recognised"
+    if "objective" in typed or Path(model) == EMOJI:
+        settings["prompts"] = "animals"
+    if "labels" in typed:
+        settings |= settings_of(LABELS_PRESET if "objective" not in typed else FEW_LABELS)
     settings |= settings_of(HUMAN_PRESETS.get(typed.get("objective"), ""))
     if typed.get("recipe") == "paper":
-        settings |= {**settings_of(PAPER_RECIPE), "beta": None}
+        settings |= {**settings_of(PAPER_RECIPE), "beta": None, "max_kl": None}
     return settings
 
 
@@ -200,7 +226,7 @@ def saved_settings(typed: dict, defaults: dict) -> dict:
     """The settings of the run to resume or evaluate. Raises ValueError for a flag that differs."""
     folder = typed.get("resume") or typed["evaluate"]
     saved = run_folder.load_settings(folder, defaults.keys() - UNSAVED_FLAGS | {"command"})
-    fixed = saved.keys() - {"epochs"} if "resume" in typed else {"model", "lora_rank"}
+    fixed = saved.keys() - {"epochs", "max_kl"} if "resume" in typed else {"model", "lora_rank"}
     changed = [
         f"--{name.replace('_', '-')} {saved[name]}"
         for name in sorted(fixed & typed.keys())
@@ -216,7 +242,18 @@ def check(args: Namespace) -> None:
     """Raise ValueError, in a sentence for the user, for settings that cannot be meant."""
     new_run = not args.resume and not args.evaluate
     problems = {
-        "--objective: say what to learn, such as --objective compressibility": not args.objective,
+        "say what to learn: --objective compressibility, for example, or --labels FILE": (
+            not args.objective and not args.labels
+        ),
+        "--images is the folder of the images of --labels: give that too": (
+            args.images and not args.labels
+        ),
+        "--evaluate compares by an objective: give --objective too": (
+            args.evaluate and not args.objective
+        ),
+        f"--replay {args.replay}: give a number of batches, 0 or more": args.replay < 0,
+        "--labels and --replay draw trajectories anew, which nobody sampled: they need "
+        "--reference initial": args.reference == "previous" and (args.labels or args.replay),
         f"--images-per-prompt {args.images_per_prompt}: a preference needs 2 or more": (
             args.images_per_prompt < 2
         ),
@@ -240,14 +277,38 @@ def check(args: Namespace) -> None:
             raise ValueError(message)
 
 
+def passes(args: Namespace) -> int:
+    """The epochs, the first ones, that sample nothing and train on the images of --labels."""
+    return (args.passes if args.objective else args.epochs) if args.labels else 0
+
+
+def last_epoch(args: Namespace) -> int:
+    return passes(args) + (args.epochs if args.objective else 0)
+
+
 def eval_epochs(args: Namespace) -> set[int]:
     """When the held-out noises are evaluated; 0 is before training."""
-    return {*range(0, args.epochs, args.eval_every), args.epochs}
+    return {*range(0, last_epoch(args), args.eval_every), last_epoch(args)}
+
+
+def describe_stop(args: Namespace, epoch: int) -> str:
+    """Why a run ends early, and what can be done."""
+    kept = f"the model of epoch {epoch - 1}" if epoch > 1 else "nothing: try a smaller --lr"
+    again = f"python sd_demo.py --resume {args.out} --max-kl {2 * args.max_kl:g}"
+    return f"The KL is above --max-kl {args.max_kl:g}: the run stops and keeps {kept}. On: {again}"
+
+
+def calls_to_go(args: Namespace, cost: Cost, epochs_done: int) -> int:
+    """Calls of the network from here to the end of a run, for the progress bar."""
+    to_do = set(range(epochs_done + 1, last_epoch(args) + 1))
+    of_epochs = sum(cost.calls_given if n <= passes(args) else cost.calls for n in to_do)
+    looks = len(to_do & eval_epochs(args)) * (2 if args.max_kl else 1)
+    return of_epochs + (1 + looks) * cost.calls_eval
 
 
 def check_batches(args: Namespace, processes: int) -> None:
     """Raise ValueError where the groups of an epoch do not fill whole batches on all processes."""
     across = args.batch_size * processes
-    if args.pairs_per_epoch % across:
+    if args.objective and args.pairs_per_epoch % across:
         message = f"give a multiple of {across}, as many as are trained on together"
         raise ValueError(f"--pairs-per-epoch {args.pairs_per_epoch}: {message}")

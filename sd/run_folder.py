@@ -26,6 +26,7 @@ class Stream(IntEnum):
     HELD_OUT = 3
     EVALUATION = 4
     SIDES = 5
+    REPLAY = 6
 
 
 def generator(*numbers: int) -> torch.Generator:
@@ -100,11 +101,11 @@ def create_or_resume(settings: dict) -> Path:
     Returns its path. Raises ValueError, in a sentence, where it cannot be written.
     """
     try:
-        out = settings["resume"] or settings["out"] or free_name(settings["objective"])
+        out = settings["resume"] or settings["out"] or free_name(settings["objective"] or "labels")
         if not settings["resume"]:
             out.mkdir(parents=True, exist_ok=True)
             save_json(out / "config.json", {**settings, "out": str(out), **provenance()})
-        for name in ("images", "lora", "checkpoint"):
+        for name in ("images", "latents", "lora", "checkpoint"):
             (out / name).mkdir(exist_ok=True)  # also on --resume: a kill may have come before
         for name in ("metrics.jsonl", "labels.jsonl"):
             (out / name).touch()

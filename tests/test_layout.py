@@ -14,14 +14,17 @@ FLOORS = {
     "sd.prompts": 0,
     "sd.scorers": 1,
     "sd.labels": 1,
+    "sd.label_files": 2,
     "sd.figures": 1,
     "sd.pipeline": 1,
     "sd.model": 2,
+    "sd.memory": 3,
     "sd.metrics": 2,
     "sd.annotate": 2,
     "sd.feedback": 3,
     "sd.cost": 3,
     "sd.options": 4,
+    "sd.run": 4,
     "sd_demo": 5,
 }
 SEARCH_PATH = ".".join(("sys", "path"))  # written so that this file does not contain it

@@ -13,7 +13,7 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from peft import get_peft_model_state_dict
 
 import sd_demo
-from sd import model, options, prompts
+from sd import memory, model, options, prompts
 from sd.run_folder import generator
 from toy.emoji_sd import models
 
@@ -48,7 +48,16 @@ class Loaded:
         self.model = model.load_model(args, prompts, accelerator)
         optimizer = torch.optim.AdamW(self.model.lora, args.lr, weight_decay=args.weight_decay)
         optimizer = accelerator.prepare(optimizer)
-        self.run = sd_demo.Run(args, accelerator, self.model, optimizer, feedback=None)
+        args.out = folder  # of latents/, where nothing is kept
+        self.run = sd_demo.Run(
+            args=args,
+            accelerator=accelerator,
+            model=self.model,
+            average=model.RunningAverage(self.model.lora, enabled=args.average_weights),
+            optimizer=optimizer,
+            feedback=None,
+            memory=memory.Memory(args, accelerator, self.model.schedule, prompts),
+        )
         self.args, self.optimizer = args, optimizer
 
     def sample(self, prompts=(0, 1), K=2, *numbers, denoiser=None) -> model.Batch:
@@ -64,8 +73,7 @@ class Loaded:
         """`sd_demo.update_batch`: losses, and for each update if it overflowed."""
         return sd_demo.update_batch(
             self.run,
-            batch,
-            torch.tensor(pairs).view(-1, 2),
+            memory.LabelledBatch(batch.trajectory, batch.cond, torch.tensor(pairs).view(-1, 2)),
             ref_log_prob=self.reference_log_prob(batch) if ref is None else ref,
             steps=list(range(self.args.num_steps)) if steps is None else steps,
         )

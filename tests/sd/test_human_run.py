@@ -36,6 +36,7 @@ TRAINING = """
     --precision fp32 --num-steps 3 --skip-last 0 --lr 0.01 --lora-rank 4 --guidance-scale 3
     --epochs 2 --pairs-per-epoch 4 --images-per-prompt 2 --batch-size 2
     --eval-images 2 --eval-every 1 --seed 3
+    --loss eq14 --update-every timestep --replay 1 --average-weights --max-kl 1e6 --warm-up 2
 """
 
 
@@ -132,7 +133,7 @@ def test_a_run_asks_trains_and_ends(tiny, tmp_path, monkeypatch):
 def test_who_likes_plain_images_trains_the_weights_of_compressibility(tiny, start, tmp_path):
     """And a kill -9 between the labels of the second epoch changes nothing."""
     automatic, people, port = tmp_path / "automatic", tmp_path / "people", free_port()
-    flags = "--reference previous --objective"
+    flags = "--objective"
     sd_demo.main(new_run(tiny, automatic, f"{flags} compressibility"))
     argv = new_run(tiny, people, f"{flags} human --watch compressibility")
     process = start([*argv, "--port", str(port)])

@@ -32,6 +32,7 @@ def test_a_winner_that_is_not_above_the_loser_is_no_hit():
 def test_the_kl_is_a_mean_of_sums_over_the_steps():
     log_ratio = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 9.0]])
     assert metrics.kl(log_ratio, 2) == {"kl": 12.0, "kl_trained": 5.0}
+    assert metrics.kl(None, 2) == {"kl": None, "kl_trained": None}  # nobody sampled them
 
 
 def test_the_mean_score_counts_every_image_once():
@@ -80,8 +81,8 @@ def test_the_interval_stays_inside_0_and_1_and_ties_count_half(h, share, ends):
 
 
 def test_an_evaluation_in_metrics_jsonl():
-    now, initial = scored([1.0, 3.0], 0.5), scored([0.0, 4.0])
-    row = {"eval_score": 2.0, "eval_win_rate": 0.5, "watched": 0.5}
+    now, initial = scored([1.0, 3.0], 0.5)._replace(kl=3.5), scored([0.0, 4.0])
+    row = {"eval_score": 2.0, "eval_win_rate": 0.5, "watched": 0.5, "eval_kl": 3.5}
     assert metrics.eval_row(now, initial) == row
     assert set(metrics.eval_row(None, initial).values()) == {None}
     assert metrics.eval_row(NO_SCORER, NO_SCORER) == dict.fromkeys(row) | {"watched": 0.25}
@@ -96,6 +97,7 @@ ROW = {
     "eval_score": None,
     "eval_win_rate": None,
     "watched": None,
+    "eval_kl": None,
     "accuracy": 0.75,
     "log_ratio_winners": 1.5,
     "log_ratio_losers": -0.5,
@@ -110,6 +112,7 @@ LINES = [
     ({}, ["epoch 3/9", "score -2.000 ± 0.100", "accuracy 75%", "winners +1.50, losers -0.50"]),
     ({}, ["KL 12.0, of it 9.0 in the steps trained", "1 + 2 s"]),
     ({"eval_score": -1.0, "eval_win_rate": 0.9}, ["held out -1.000 (initial -2.500)", "rate 90%"]),
+    ({"eval_kl": 4.25}, ["KL of the held-out images 4.2"]),
     ({"watched": 0.8}, ["watched 0.800 (initial 0.500)"]),
     ({"log_ratio_winners": -0.1}, ["WARNING: winners lose probability", "--beta"]),
     ({"kl_trained": metrics.KL_LIMIT + 1.0}, ["WARNING: KL", "progress.png"]),
@@ -127,9 +130,15 @@ def test_an_epochs_line_has_its_numbers_and_warnings(change, parts):
 def test_an_epoch_that_people_labelled_has_no_score():
     no_score = {"score": None, "score_sem": None}
     assert metrics.mean_score([{"images": ["a", "b"], "scores": None, "h": 1}]) == no_score
+    assert metrics.mean_score([]) == no_score  # a pass over the labels of a file
     initial = {"eval_score": None, "watched": 0.5}
     line = metrics.format_metrics(ROW | no_score | {"watched": 0.8}, 9, initial)
     assert line.startswith("epoch 3/9; watched 0.800 (initial 0.500); accuracy")
+
+
+def test_a_pass_over_the_labels_of_a_file_has_no_kl_of_its_own():
+    row = ROW | {"score": None, "kl": None, "kl_trained": None}
+    assert "KL" not in metrics.format_metrics(row, 9, {})
 
 
 def test_an_epoch_of_ties_has_a_line_without_a_warning():

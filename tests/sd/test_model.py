@@ -167,7 +167,8 @@ def test_the_chains_of_a_group_start_alike_and_part(tiny):
 def test_held_out_images_have_the_prompts_in_turn_and_fixed_noises(tiny):
     loaded = Loaded(tiny, "--eval-images 7 --seed 3")
     args, sampler = loaded.args, loaded.model.sampler
-    images, prompts = model.sample_held_out(loaded.model, sampler, args, stream=Stream.HELD_OUT)
+    images, prompts, kl = model.sample_held_out(loaded.model, sampler, args, stream=Stream.HELD_OUT)
+    assert kl is None  # without --max-kl nobody needs it
     assert prompts == [*PROMPTS, *PROMPTS[:2]] and len(images) == 7
     other = model.sample_held_out(loaded.model, sampler, args, stream=Stream.EVALUATION)[0]
     assert not same_images(images[:1], other[:1], 3)

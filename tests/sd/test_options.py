@@ -109,10 +109,12 @@ def test_every_setting_of_the_presets_gives_way_to_what_is_typed():
         **{"num_steps": 11, "guidance_scale": 1.5, "eta": 0.5, "lr": 0.1, "beta": 3.0},
         **{"eval_images": 12, "eval_every": 13, "loss": "eq12", "reference": "previous"},
         **{"clip": 0.2, "skip_last": 1, "update_every": "timestep", "weight_decay": 0.5},
-        **{"max_grad_norm": 2.0, "gradient_checkpointing": True},
+        **{"max_grad_norm": 2.0, "gradient_checkpointing": True, "replay": 3, "max_kl": 5.0},
+        **{"average_weights": True},
     }
     parser, _ = options.build_parser()
     presets = [options.EMOJI_PRESETS, options.PAPER_RECIPE, *options.HUMAN_PRESETS.values()]
+    presets.append(options.LABELS_PRESET)
     flags = [flag for preset in presets for flag in preset.split()]
     names = {name for preset in presets for name in vars(parser.parse_args(preset.split()))}
     assert names == others.keys() and "--recipe" not in flags
@@ -129,6 +131,7 @@ def test_the_papers_recipe_is_table_2_with_the_releases_clamp():
         **{"batch_size": 10, "guidance_scale": 5.0, "epochs": 400, "pairs_per_epoch": 80},
         **{"images_per_prompt": 2, "loss": "eq14", "clip": 0.1, "update_every": "trajectory"},
         **{"reference": "initial", "beta": None, "skip_last": 0},  # beta: 0.1 / D of the model
+        **{"replay": 0, "average_weights": False, "max_kl": None},  # it has none of these
     }
     for flags in (ANY, ON_EMOJI, HUMAN, TAGS):
         args = vars(parse(f"{flags} {PAPER}"))
@@ -199,8 +202,8 @@ def test_an_earlier_run_stays_in_its_folder(earlier, start):
 
 
 def test_a_resumed_run_takes_more_epochs_another_port_and_what_it_has(earlier):
-    args = parse(f"--resume {earlier} --epochs 9 --port 9001 --seed 5 --lr 0.25")
-    assert (args.epochs, args.port, args.seed) == (9, 9001, 5)
+    args = parse(f"--resume {earlier} --epochs 9 --max-kl 50 --port 9001 --seed 5 --lr 0.25")
+    assert (args.epochs, args.max_kl, args.port, args.seed) == (9, 50, 9001, 5)
 
 
 @pytest.mark.parametrize(
@@ -246,7 +249,13 @@ def refusal(flags: str, capsys) -> str:
 
 
 REFUSED = {
-    "--objective ''": "--objective: say what to learn",
+    "--objective ''": "say what to learn: --objective",
+    "--images .": "--images is the folder of the images of --labels",
+    "--replay -1": "--replay -1: give a number of batches",
+    "--replay 1 --reference previous": "need --reference initial",
+    "--labels x.csv --reference previous": "need --reference initial",
+    "--max-kl 0": "--max-kl: 0: give a positive number",
+    "--passes 0": "--passes: 0: give a positive number",
     "--annotators 0": "--annotators: 0: give a positive number",
     "--eta 0": "--eta: 0: give a positive number",
     "--beta -1": "--beta: -1: give a positive number",
@@ -283,7 +292,7 @@ def test_what_cannot_be_meant_is_refused_in_one_sentence(flags, capsys):
 
 
 def test_without_an_objective_the_command_line_asks_for_one(capsys):
-    assert "--objective: say what to learn" in refusal("", capsys)
+    assert "say what to learn: --objective" in refusal("", capsys)
 
 
 def test_an_earlier_run_may_exist(earlier):
@@ -300,11 +309,23 @@ def test_an_earlier_run_may_exist(earlier):
     [(10, 4, {0, 4, 8, 10}), (8, 4, {0, 4, 8}), (3, 5, {0, 3}), (2, 1, {0, 1, 2})],
 )
 def test_held_out_images_are_evaluated_before_at_intervals_and_at_the_end(epochs, every, expected):
-    assert options.eval_epochs(Namespace(epochs=epochs, eval_every=every)) == expected
+    args = Namespace(epochs=epochs, eval_every=every, labels=None, objective="human")
+    assert options.eval_epochs(args) == expected
+
+
+def test_the_images_of_a_file_come_first():
+    """Alone, its passes are the epochs; with an objective, they come before those that sample."""
+    alone = parse("--labels a.csv --model some/thing --epochs 3")
+    first = parse(f"{ANY} --labels a.csv --epochs 3 --passes 2")
+    for args, expected in ((alone, (3, 3)), (first, (2, 5)), (parse(ANY), (0, 50))):
+        assert (options.passes(args), options.last_epoch(args)) == expected
+    assert options.eval_epochs(first) == {0, 1, 2, 3, 4, 5}
+    assert alone.prompts is None and first.prompts == "animals"  # alone, those of the file
+    assert alone.loss == first.loss == "chain" and alone.max_kl and first.average_weights
 
 
 def test_the_groups_of_an_epoch_must_fill_batches():
-    args = Namespace(batch_size=2, pairs_per_epoch=12)
+    args = Namespace(batch_size=2, pairs_per_epoch=12, objective="human")
     options.check_batches(args, 3)
     with pytest.raises(ValueError, match="--pairs-per-epoch 12: give a multiple of 8"):
         options.check_batches(args, 4)

@@ -177,17 +177,13 @@ def test_every_argument_of_the_network_counts(family, folder_of):
 def test_the_lora_comes_back_whole(family, folder_of, tmp_path):
     loaded = load(folder_of(family), family).model
     randomise_lora(loaded)
-    saved = loaded.save_lora(tmp_path)
+    loaded.save_lora(tmp_path)
     pipe = make(family)
     pipe.load_lora_weights(tmp_path)
     network = getattr(pipe, NETWORKS[type(pipe)])
     again = {name: weight for name, weight in network.named_parameters() if "lora_" in name}
-    assert (
-        len(again)
-        == len(saved)
-        == len(loaded.lora)
-        == len(load_file(tmp_path / sd_model.LORA_FILE))
-    )
+    saved, written = loaded.lora_state(), load_file(tmp_path / sd_model.LORA_FILE)
+    assert len(again) == len(saved) == len(loaded.lora) == len(written)
     assert len(saved) >= 12
     for name, weight in again.items():
         assert torch.equal(weight, saved[name.replace(".default_0", "")]), name

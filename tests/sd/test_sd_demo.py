@@ -29,7 +29,7 @@ from test_model import as_ddim, stock_images
 import d3po
 import sd_demo
 from sd import cost, figures, metrics, options, run_folder
-from sd.labels import Label
+from sd.memory import LabelledBatch
 from sd.model import Batch, PipelinePolicy
 from sd.run_folder import ROOT, Stream, generator
 
@@ -143,15 +143,17 @@ def test_metrics_of_a_batch_are_those_of_the_steps_trained(tiny, reference):
     sampled, initial = batch.trajectory.log_prob, loaded.reference_log_prob(batch)
     assert torch.equal(ref_log_prob, sampled if reference == "previous" else initial)
     loaded.update(batch, [[1, 0], [3, 2]])
-    labels = [Label([0, 1], {"h": -1}), Label([2, 3], {"h": -1})]
-    found = sd_demo.policy_metrics(loaded.run, batch, labels, ref_log_prob=ref_log_prob)
-    log_ratio = (loaded.log_prob(batch) - ref_log_prob)[:2].sum(0)
     pairs = torch.tensor([[1, 0], [3, 2]])
+    labelled = LabelledBatch(batch.trajectory, batch.cond, pairs)
+    found = sd_demo.policy_metrics(loaded.run, labelled, ref_log_prob, sampled=True)
+    log_ratio = (loaded.log_prob(batch) - ref_log_prob)[:2].sum(0)
     assert found == {
         **metrics.preference_metrics(log_ratio, pairs, beta=0.2),
         **metrics.kl(sampled - initial, 2),
     }
     assert found["kl"] > 0.1
+    without = sd_demo.policy_metrics(loaded.run, labelled, ref_log_prob, sampled=False)
+    assert without == found | {"kl": None, "kl_trained": None}
 
 
 def test_without_pairs_nothing_is_trained(tiny):
@@ -324,6 +326,7 @@ def test_a_run_leaves_its_folder(done, tiny):
         *("config.json", "metrics.jsonl", "labels.jsonl", "README.md"),
         *("reward_curve.png", "progress.png", "before_after.png"),
         *("lora", "lora/pytorch_lora_weights.safetensors", "checkpoint", "checkpoint/state.pt"),
+        *("latents", "latents/e001.pt", "latents/e002.pt"),
     }
     card = (out / "README.md").read_text()
     assert "--objective" in card and "load_lora_weights" in card and "2 epochs" in card
@@ -334,11 +337,12 @@ def test_a_run_leaves_its_folder(done, tiny):
 def test_metrics_have_the_keys_of_the_design(done):
     out, _ = done
     keys = """epoch labels score score_sem eval_score eval_win_rate watched accuracy margin kl
-        kl_trained loss skipped log_ratio_winners log_ratio_losers seconds_sample seconds_train
-        peak_memory_mb""".split()
+        kl_trained eval_kl loss skipped log_ratio_winners log_ratio_losers seconds_sample
+        seconds_train peak_memory_mb""".split()
     first, second = rows = read_rows(out / "metrics.jsonl")
     assert [set(row) for row in rows] == [set(keys)] * 2
     assert [row["epoch"] for row in rows] == [1, 2] and [row["labels"] for row in rows] == [6, 12]
+    assert all(row.pop("eval_kl") is None for row in rows)  # there is no --max-kl
     assert all(math.isfinite(value) for row in rows for value in row.values())
     assert abs(first["kl"]) < 0.01 < second["kl"]  # of the policy that samples: first the initial
     assert first["accuracy"] > 0.5 and first["margin"] > 0 and first["skipped"] == 0
@@ -379,7 +383,7 @@ def test_the_trained_lora_gives_the_same_images_in_a_fresh_pipeline(done, tiny):
     out, _ = done
     loaded = Loaded(tiny, "--seed 1")  # another seed: the LoRA must come from the file
     loaded.args.out = out
-    assert sd_demo.load_checkpoint(loaded.run) == 2
+    assert loaded.run.load_checkpoint() == 2
     tuned = loaded.sample((1, 3), 2, 1)
     initial = loaded.sample((1, 3), 2, 1, denoiser=loaded.model.reference)
     pipe, prompts = as_ddim(StableDiffusionPipeline.from_pretrained(tiny)), [PROMPTS[1], PROMPTS[3]]
@@ -401,6 +405,8 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_another(
     assert outcome(same) == outcome(done[0])
     for seed in (0, 1):
         loaded = Loaded(tiny, f"{GROUPS_OF_3} --seed {seed}")
+        loaded.run.memory.folder = tmp_path / f"latents_{seed}"
+        loaded.run.memory.folder.mkdir()
         batch = sd_demo.sample_epoch(loaded.run, 1)[1]
         images = [Image.open(done[0] / file) for file in batch.files]
         assert same_images(batch.images, images, 0) == (seed == 0)
@@ -617,7 +623,7 @@ from sd import figures, run_folder
 
 torch.set_num_threads(1)
 figures.draw_run = lambda run: []
-folder, model, scorers = sys.argv[1:]
+folder, model, scorers, flags = sys.argv[1:]
 
 
 def half_a_line(path):
@@ -647,10 +653,12 @@ for kill in (
     ("labels.jsonl", "append", 1, half_a_line),  # of the first epoch
     ("metrics.jsonl", "append", 2, half_a_line),  # of the second
     ("state.pt", "save_tensors", 2, half_a_file),  # between LoRA and checkpoint
+    ("e002_p00.pt", "save_tensors", 1, half_a_file),  # while the second is sampled
+    ("e002.pt", "save_tensors", 1, half_a_file),  # when it is labelled
 ):
     if os.fork() == 0:
         kill_at(*kill)
-        run(Path(model), Path(folder) / kill[0], f"{scorers}:brightness")
+        run(Path(model), Path(folder) / kill[0], f"{scorers}:brightness", flags)
         os._exit(0)
     assert os.WTERMSIG(os.wait()[1]) == signal.SIGKILL, kill
 """
@@ -658,10 +666,13 @@ for kill in (
 
 @pytest.mark.slow
 def test_a_run_that_was_killed_goes_on_as_if_it_had_not_been(tiny, scorers, tmp_path, no_figures):
-    """kill -9 at three moments; each run is resumed, and leaves what an unbroken run leaves."""
-    start(["-c", KILLS, tmp_path, tiny, scorers], tmp_path)
-    whole = run(tiny, tmp_path / "whole", f"{scorers}:brightness")
-    for moment, epochs_done in (("labels.jsonl", 0), ("metrics.jsonl", 1), ("state.pt", 1)):
+    """kill -9 at five moments; each run is resumed, and leaves what an unbroken run leaves."""
+    flags = "--replay 2 --average-weights --max-kl 1e6"
+    start(["-c", KILLS, tmp_path, tiny, scorers, flags], tmp_path)
+    whole = run(tiny, tmp_path / "whole", f"{scorers}:brightness", flags)
+    moments = {"labels.jsonl": 0, **dict.fromkeys(["metrics.jsonl", "state.pt"], 1)}
+    moments |= dict.fromkeys(["e002_p00.pt", "e002.pt"], 1)
+    for moment, epochs_done in moments.items():
         out = tmp_path / moment
         state = out / "checkpoint" / "state.pt"
         assert (torch.load(state)["epoch"] if state.exists() else 0) == epochs_done
@@ -670,6 +681,8 @@ def test_a_run_that_was_killed_goes_on_as_if_it_had_not_been(tiny, scorers, tmp_
         assert files_of(out) == files_of(whole), moment
         state, unbroken = torch.load(state), torch.load(whole / "checkpoint" / "state.pt")
         torch.testing.assert_close(state, unbroken, rtol=0, atol=0)
+        for file in whole.glob("latents/*"):
+            assert torch.load(out / "latents" / file.name)[0][1].equal(torch.load(file)[0][1])
 
 
 def files_of(out) -> set:

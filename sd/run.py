@@ -1,0 +1,56 @@
+"""What the parts of a run share, and the checkpoint from which it goes on."""
+
+from argparse import Namespace
+from typing import NamedTuple
+
+import torch
+from accelerate import Accelerator
+
+from sd import figures, run_folder
+from sd.feedback import ScorerFeedback
+from sd.memory import Memory
+from sd.model import Model, RunningAverage
+
+
+class Run(NamedTuple):
+    """What the parts of a run share."""
+
+    args: Namespace
+    accelerator: Accelerator
+    model: Model
+    average: RunningAverage
+    optimizer: torch.optim.Optimizer
+    feedback: ScorerFeedback
+    memory: Memory
+
+    @property
+    def trained_steps(self) -> int:
+        return self.args.num_steps - self.args.skip_last
+
+    def save(self, epoch: int) -> None:
+        """lora/ for pipe.load_lora_weights, a model card, and checkpoint/ for --resume."""
+        args, scaler = self.args, self.accelerator.scaler
+        with self.average.applied():
+            self.model.save_lora(args.out / "lora")
+        figures.write_card(args.out, args, epoch)
+        state = {
+            "epoch": epoch,
+            "lora": self.model.lora_state(),
+            "average": self.average.values,
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": scaler and scaler.state_dict(),
+        }
+        run_folder.save_tensors(args.out / "checkpoint" / "state.pt", state)
+
+    def load_checkpoint(self) -> int:
+        """Go back to the last checkpoint, if there is one; return its epoch, or 0."""
+        file, scaler = self.args.out / "checkpoint" / "state.pt", self.accelerator.scaler
+        if not file.exists():
+            return 0
+        state = torch.load(file, map_location=self.accelerator.device)
+        self.model.load_lora(state["lora"])
+        self.average.values = state["average"]
+        self.optimizer.load_state_dict(state["optimizer"])
+        if scaler is not None:
+            scaler.load_state_dict(state["scaler"])
+        return state["epoch"]
