@@ -46,7 +46,7 @@ def train(run: Run, epochs_done: int, bar: tqdm) -> None:
     initial_eval = None
     if accelerator.is_main_process:
         initial_eval = evaluate_initial(run.feedback, run.model)
-    passes, last_epoch = options.passes(args), options.last_epoch(args)
+    epochs_given, last_epoch = options.epochs_given(args), options.last_epoch(args)
     last_overflows = []
 
     for epoch in range(epochs_done + 1, last_epoch + 1):  # line 2
@@ -55,7 +55,7 @@ def train(run: Run, epochs_done: int, bar: tqdm) -> None:
         started = time.perf_counter()
 
         # Sample groups of K images, each from one prompt and one x_T: lines 3-11
-        batches = sample_epoch(run, epoch) if epoch > passes else []
+        batches = sample_epoch(run, epoch) if epoch > epochs_given else []
         sampled = time.perf_counter()
 
         # Score them, or ask people: lines 12-22
@@ -68,7 +68,7 @@ def train(run: Run, epochs_done: int, bar: tqdm) -> None:
         memory.add(epoch, new, args.images_per_prompt)
 
         # Train on the new pairs, then on earlier ones: lines 23-36
-        earlier = memory.draw(epoch, args.replay) if new else memory.draw_all(epoch)
+        earlier = memory.draw(epoch, args.replay) if new else memory.draw_given(epoch)
         losses, overflows, first = [], [], None
         for n, batch in enumerate(itertools.chain(new, earlier)):
             ref_log_prob = reference_log_prob(run, batch)
@@ -96,7 +96,7 @@ def train(run: Run, epochs_done: int, bar: tqdm) -> None:
                     )
             row = {
                 "epoch": epoch,
-                "labels": memory.given + max(epoch - passes, 0) * len(rows),
+                "labels": memory.given + max(epoch - epochs_given, 0) * len(rows),
                 **metrics.mean_score(rows),
                 **metrics.eval_row(eval_result, initial_eval),
                 **policy_metrics(run, *first, sampled=bool(new)),
@@ -221,8 +221,9 @@ def main(argv: list[str] | None = None) -> None:
         numbered = list(dict.fromkeys([*prompts, *given.prompts]))
         model = load_model(args, prompts, accelerator, numbered=numbered, on_call=bar.update)
         feedback = (HumanFeedback if people else ScorerFeedback)(args, prompts, accelerator)
+        args.groups_given = given.groups
         args.beta = args.beta or options.PAPER_BETA / math.prod(model.latent_shape)
-        plan = cost.estimate(model, args, accelerator.num_processes, given.groups)
+        plan = cost.estimate(model, args, accelerator.num_processes)
         accelerator.print(cost.describe(plan, model, args))
         if args.dry_run:
             return

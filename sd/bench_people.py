@@ -97,7 +97,7 @@ TASTES = {
         labels=(24, 48, 80),
         noises=360,
     ),
-    FILE: Taste(lambda images, prompts: -size(images, prompts), groups=(16, 8)),
+    FILE: Taste(lambda images, prompts: -size(images, prompts), labels=(448,), groups=(16, 8)),
 }
 EQ14 = "--loss eq14 --update-every timestep"
 NO_BRAKE = "--max-kl 1e9"
@@ -106,11 +106,11 @@ RECIPES = {  # flags after those of the taste
     "default": "",
     "previous": f"{BARE} --reference previous --replay 0",
     "Eq. 14": f"{BARE} --replay 0",
-    "Eq. 14 + memory": f"{EQ14} --beta 0.06 --replay 2 {NO_BRAKE}",
+    "Eq. 14 + memory": f"{EQ14} --replay 2",
     "whole chain + memory": (
-        f"--loss chain --update-every trajectory --beta 0.12 --lr 3e-3 --replay 4 {NO_BRAKE}"
+        "--loss chain --update-every trajectory --beta 0.12 --lr 2e-3 --replay 4"
     ),
-    "SFT + memory": f"{EQ14} --replay 2 {NO_BRAKE}",
+    "SFT + memory": f"{EQ14} --replay 2",
     "best of four": "--objective tags --images-per-prompt 4 --replay 0",
 }
 LABELS_FIRST = {  # by --labels: flags of the model that draws the images
@@ -331,7 +331,7 @@ def table(found: dict[tuple[str, str], list[dict]]) -> str:
 
 def draw(found: dict[tuple[str, str], list[dict]], path: Path) -> None:
     """Win rate against labels, and below it the animals recognised, for each taste."""
-    tastes = [taste for taste in TASTES if (taste, "default") in found]
+    tastes = list(dict.fromkeys(taste for taste, _ in found if taste != FILE))
     figure = Figure(figsize=(4 * len(tastes), 6), layout="constrained")
     axes = figure.subplots(2, len(tastes), squeeze=False)
     for (taste, recipe), rows in found.items():

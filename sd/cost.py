@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from diffusers import StableDiffusionPipeline
 
+from sd.label_files import EPOCH_GROUPS
 from sd.model import Model
 from sd.pipeline import PRESETS
 
@@ -21,18 +22,19 @@ class Cost(NamedTuple):
     rows_without_gradient: int
     rows_with_gradient: int
     calls: int  # of the UNet on one device
-    calls_given: int  # of a pass over the images of --labels
+    calls_given: int  # of an epoch on the images of --labels, at most
     calls_eval: int  # of an evaluation of the held-out noises
     lora_weights: int
     memory_gb: float  # of weights, optimizer and what autograd holds
     memory_known: bool  # False: without what autograd holds
 
 
-def estimate(model: Model, args: Namespace, processes: int, groups_given: int = 0) -> Cost:
-    """Count what an epoch of a run takes. groups_given: of --labels."""
+def estimate(model: Model, args: Namespace, processes: int) -> Cost:
+    """Count what an epoch of a run takes."""
     network, K, T = model.network, args.images_per_prompt, args.num_steps
     across = args.batch_size * processes
     groups, batches = args.pairs_per_epoch, args.pairs_per_epoch // across
+    batches_given = math.ceil(min(args.groups_given, EPOCH_GROUPS) / across)
     trained = 1 if args.loss == "eq12" else T - args.skip_last
     without_gradient = 0  # steps
     if args.reference == "initial":
@@ -62,7 +64,7 @@ def estimate(model: Model, args: Namespace, processes: int, groups_given: int = 
         rows_without_gradient=rows_trained * without_gradient,
         rows_with_gradient=rows_trained * trained,
         calls=batches * T + (batches + args.replay) * (without_gradient + trained) + checks,
-        calls_given=math.ceil(groups_given / across) * (without_gradient + trained) + checks,
+        calls_given=batches_given * (without_gradient + trained) + checks,
         calls_eval=math.ceil(args.eval_images / (args.batch_size * K)) * T,
         lora_weights=lora,
         memory_gb=memory / 1e9,

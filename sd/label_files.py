@@ -42,6 +42,7 @@ from typing import Any, NamedTuple
 from sd.labels import LabelError, majority, parse_answer
 
 MAX_GROUP = 8  # images trained on together
+EPOCH_GROUPS = 64  # in an epoch at most, so that a run can stop within a pass over a large file
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 FORMS = [
     ("images", "h"),
@@ -101,6 +102,11 @@ class Comparison(NamedTuple):
             return answers[0] if answers else []
         together = majority({"images": self.names, self.field: None}, answers)
         return [together, 0] if self.field == "h" else [not bad for bad in together]
+
+
+def epochs_of_pass(groups: int) -> int:
+    """Epochs in which so many groups are trained on once."""
+    return math.ceil(groups / EPOCH_GROUPS)
 
 
 def read_label_file(path: Path, images: Path | None = None) -> LabelFile:

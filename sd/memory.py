@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 import d3po
 from sd import run_folder
-from sd.label_files import read_label_file
+from sd.label_files import EPOCH_GROUPS, epochs_of_pass, read_label_file
 from sd.labels import LabelError
 from sd.pipeline import Conditioning, decode, encode
 from sd.run_folder import Stream, generator
@@ -89,9 +89,11 @@ class Memory:
         for epoch in range(1 if self.groups else 0, epochs_done + 1):
             self.groups += load_groups(self.folder, epoch)
 
-    def draw_all(self, epoch: int) -> Iterator[LabelledBatch]:
-        """All groups once, in random order."""
-        order = self.shuffled(epoch, 0)
+    def draw_given(self, epoch: int) -> Iterator[LabelledBatch]:
+        """The share of this epoch in a pass over the groups of --labels, in random order."""
+        epochs = epochs_of_pass(len(self.groups))
+        passes_done, part = divmod(epoch - 1, epochs)
+        order = self.shuffled(passes_done, 0)[part * EPOCH_GROUPS :][:EPOCH_GROUPS]
         across = self.batch_size * self.accelerator.num_processes
         for n, first in enumerate(range(0, len(order), across)):
             yield self.redraw(order[first : first + across], epoch, n)

@@ -15,6 +15,7 @@ import torch
 
 from sd import run_folder
 from sd.cost import Cost
+from sd.label_files import epochs_of_pass
 from sd.pipeline import DTYPES, PRESETS, pipeline_name
 from sd.scorers import AESTHETIC_HEAD, CLIP
 
@@ -27,16 +28,21 @@ EMOJI_PRESETS = """
     --guidance-scale 1 --lr 1.5e-3 --beta 0.06 --no-gradient-checkpointing
     --eval-images 90 --eval-every 4
 """
-# A label is dear: it is used again, on the loss and with the brakes that measured best
-FEW_LABELS = """
-    --loss chain --update-every trajectory --average-weights --max-kl 30
-    --eval-images 16 --eval-every 1
-"""
-HUMAN_PRESETS = {  # no more questions than a person answers
-    "human": f"{FEW_LABELS} --replay 8 --epochs 20 --pairs-per-epoch 8 --images-per-prompt 2",
-    "tags": f"{FEW_LABELS} --replay 8 --epochs 10 --pairs-per-epoch 8 --images-per-prompt 7",
+# A label is dear: small first steps, an average in place of the last weights, and a brake.
+# What measured best on the emoji model: sd/results/people.md
+FEW_LABELS = "--average-weights --max-kl 40 --eval-images 16 --eval-every 1"
+HUMAN_PRESETS = {  # few questions an epoch: a person soon sees what the clicks do
+    "human": f"""
+        --epochs 20 --pairs-per-epoch 8 --images-per-prompt 2 --beta 0.03 --warm-up 4
+        {FEW_LABELS}""",
+    "tags": f"""
+        --epochs 10 --pairs-per-epoch 8 --images-per-prompt 7 --beta 0.03 --warm-up 6 --replay 8
+        {FEW_LABELS}""",
 }
-LABELS_PRESET = f"{FEW_LABELS} --epochs 6"
+LABELS_PRESET = f"""
+    --loss chain --update-every trajectory --beta 0.06 --batch-size 1 --replay 4 {FEW_LABELS}
+"""
+LABELS_ALONE = "--epochs 4"
 # Table 2 and Sec. 5.1 (4 GPUs, 2 batches of 10 pairs each), and what the released code adds
 PAPER_RECIPE = """
     --epochs 400 --pairs-per-epoch 80 --images-per-prompt 2 --batch-size 10 --num-steps 20
@@ -48,7 +54,7 @@ EPILOG = f"""defaults of their own, after which comes what you type:
   the emoji model: {EMOJI_PRESETS.strip()}
   --objective human: {" ".join(HUMAN_PRESETS["human"].split())}
   --objective tags: {" ".join(HUMAN_PRESETS["tags"].split())}
-  --labels: {" ".join(LABELS_PRESET.split())}
+  --labels: {" ".join(LABELS_PRESET.split())}, and alone {LABELS_ALONE}
   --recipe paper: {PAPER_RECIPE.strip()}"""
 PAPER_BETA = 0.1  # of the mean over the D latent elements: 0.1 / D of the sum
 UNSAVED_FLAGS = {"out", "resume", "evaluate", "dry_run", "port"}  # of one start, not of the run
@@ -191,7 +197,7 @@ def parse(argv: list[str] | None = None) -> tuple[ArgumentParser, Namespace]:
             settings = {**defaults, **presets(parser, typed), **typed}
             words = ["python", "sd_demo.py", *(sys.argv[1:] if argv is None else argv)]
             settings["command"] = shlex.join(words)
-        args = Namespace(**settings)
+        args = Namespace(**settings, groups_given=0)  # main counts those of --labels
         check(args)
     except ValueError as error:
         parser.error(str(error))
@@ -214,9 +220,10 @@ def presets(parser: ArgumentParser, typed: dict) -> dict:
             settings["watch"] = f"{EMOJI / 'classifier.py'}:recognised"
     if "objective" in typed or Path(model) == EMOJI:
         settings["prompts"] = "animals"
-    if "labels" in typed:
-        settings |= settings_of(LABELS_PRESET if "objective" not in typed else FEW_LABELS)
     settings |= settings_of(HUMAN_PRESETS.get(typed.get("objective"), ""))
+    if "labels" in typed:
+        settings |= settings_of(LABELS_PRESET)
+        settings |= settings_of("" if "objective" in typed else LABELS_ALONE)
     if typed.get("recipe") == "paper":
         settings |= {**settings_of(PAPER_RECIPE), "beta": None, "max_kl": None}
     return settings
@@ -277,13 +284,14 @@ def check(args: Namespace) -> None:
             raise ValueError(message)
 
 
-def passes(args: Namespace) -> int:
+def epochs_given(args: Namespace) -> int:
     """The epochs, the first ones, that sample nothing and train on the images of --labels."""
-    return (args.passes if args.objective else args.epochs) if args.labels else 0
+    passes = args.passes if args.objective else args.epochs
+    return passes * epochs_of_pass(args.groups_given)
 
 
 def last_epoch(args: Namespace) -> int:
-    return passes(args) + (args.epochs if args.objective else 0)
+    return epochs_given(args) + (args.epochs if args.objective else 0)
 
 
 def eval_epochs(args: Namespace) -> set[int]:
@@ -301,7 +309,7 @@ def describe_stop(args: Namespace, epoch: int) -> str:
 def calls_to_go(args: Namespace, cost: Cost, epochs_done: int) -> int:
     """Calls of the network from here to the end of a run, for the progress bar."""
     to_do = set(range(epochs_done + 1, last_epoch(args) + 1))
-    of_epochs = sum(cost.calls_given if n <= passes(args) else cost.calls for n in to_do)
+    of_epochs = sum(cost.calls_given if n <= epochs_given(args) else cost.calls for n in to_do)
     looks = len(to_do & eval_epochs(args)) * (2 if args.max_kl else 1)
     return of_epochs + (1 + looks) * cost.calls_eval
 

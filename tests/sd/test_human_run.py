@@ -36,7 +36,8 @@ TRAINING = """
     --precision fp32 --num-steps 3 --skip-last 0 --lr 0.01 --lora-rank 4 --guidance-scale 3
     --epochs 2 --pairs-per-epoch 4 --images-per-prompt 2 --batch-size 2
     --eval-images 2 --eval-every 1 --seed 3
-    --loss eq14 --update-every timestep --replay 1 --average-weights --max-kl 1e6 --warm-up 2
+    --loss eq14 --update-every timestep --beta 0.06 --replay 1 --average-weights --max-kl 1e6
+    --warm-up 2
 """
 
 

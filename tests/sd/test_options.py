@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from sd import options, run_folder
+from sd.label_files import EPOCH_GROUPS
 from sd.options import EMOJI, SD15
 
 PEOPLE = {"human", "tags"}
@@ -33,7 +34,10 @@ PRECEDENCE = {
     "epochs": [
         (ANY, 50),
         (ON_EMOJI, 24),
-        (HUMAN, 10),
+        (HUMAN, 20),
+        (f"{HUMAN} --labels a.csv", 20),
+        (f"{ON_EMOJI} --labels a.csv", 24),
+        ("--labels a.csv", 4),
         (f"{HUMAN} {PAPER}", 400),
         (f"{HUMAN} {PAPER} --epochs 3", 3),
         (f"{ON_EMOJI} --epochs 50", 50),  # as the default, and typed
@@ -48,7 +52,7 @@ PRECEDENCE = {
         (f"{TAGS} {PAPER} --images-per-prompt 5", 5),
         (f"{TAGS} --images-per-prompt 4", 4),
     ],
-    "pairs_per_epoch": [(ANY, 8), (ON_EMOJI, 4), (HUMAN, 16), (f"{HUMAN} {PAPER}", 80)],
+    "pairs_per_epoch": [(ANY, 8), (ON_EMOJI, 4), (HUMAN, 8), (f"{HUMAN} {PAPER}", 80)],
     "reference": [
         (ANY, "initial"),
         (ON_EMOJI, "initial"),
@@ -67,7 +71,8 @@ PRECEDENCE = {
     ],
     "beta": [
         (ANY, 0.05),
-        (HUMAN, 0.06),
+        (HUMAN, 0.03),
+        (f"{HUMAN} --labels a.csv", 0.06),  # the whole chain's
         (f"{HUMAN} {PAPER}", None),
         (f"{HUMAN} {PAPER} --beta 0.06", 0.06),
     ],
@@ -110,11 +115,11 @@ def test_every_setting_of_the_presets_gives_way_to_what_is_typed():
         **{"eval_images": 12, "eval_every": 13, "loss": "eq12", "reference": "previous"},
         **{"clip": 0.2, "skip_last": 1, "update_every": "timestep", "weight_decay": 0.5},
         **{"max_grad_norm": 2.0, "gradient_checkpointing": True, "replay": 3, "max_kl": 5.0},
-        **{"average_weights": True},
+        **{"average_weights": True, "warm_up": 5},
     }
     parser, _ = options.build_parser()
     presets = [options.EMOJI_PRESETS, options.PAPER_RECIPE, *options.HUMAN_PRESETS.values()]
-    presets.append(options.LABELS_PRESET)
+    presets += [options.LABELS_PRESET, options.LABELS_ALONE]
     flags = [flag for preset in presets for flag in preset.split()]
     names = {name for preset in presets for name in vars(parser.parse_args(preset.split()))}
     assert names == others.keys() and "--recipe" not in flags
@@ -131,7 +136,7 @@ def test_the_papers_recipe_is_table_2_with_the_releases_clamp():
         **{"batch_size": 10, "guidance_scale": 5.0, "epochs": 400, "pairs_per_epoch": 80},
         **{"images_per_prompt": 2, "loss": "eq14", "clip": 0.1, "update_every": "trajectory"},
         **{"reference": "initial", "beta": None, "skip_last": 0},  # beta: 0.1 / D of the model
-        **{"replay": 0, "average_weights": False, "max_kl": None},  # it has none of these
+        **{"replay": 0, "average_weights": False, "max_kl": None, "warm_up": 1},  # none
     }
     for flags in (ANY, ON_EMOJI, HUMAN, TAGS):
         args = vars(parse(f"{flags} {PAPER}"))
@@ -160,7 +165,7 @@ def test_the_flags_have_their_defaults_and_help_shows_them():
     assert "l14-linearMSE" in args.aesthetic_head
     parser, defaults = options.build_parser()
     text = "".join(parser.format_help().split())  # long lines are wrapped
-    assert vars(args).keys() == defaults.keys() | {"command"}
+    assert vars(args).keys() == defaults.keys() | {"command", "groups_given"}
     for name, default in defaults.items():
         assert f"--{name.replace('_', '-')}" in text
         if type(default) in (int, float, str):
@@ -309,7 +314,7 @@ def test_an_earlier_run_may_exist(earlier):
     [(10, 4, {0, 4, 8, 10}), (8, 4, {0, 4, 8}), (3, 5, {0, 3}), (2, 1, {0, 1, 2})],
 )
 def test_held_out_images_are_evaluated_before_at_intervals_and_at_the_end(epochs, every, expected):
-    args = Namespace(epochs=epochs, eval_every=every, labels=None, objective="human")
+    args = Namespace(epochs=epochs, eval_every=every, passes=1, groups_given=0, objective="human")
     assert options.eval_epochs(args) == expected
 
 
@@ -317,9 +322,12 @@ def test_the_images_of_a_file_come_first():
     """Alone, its passes are the epochs; with an objective, they come before those that sample."""
     alone = parse("--labels a.csv --model some/thing --epochs 3")
     first = parse(f"{ANY} --labels a.csv --epochs 3 --passes 2")
+    alone.groups_given = first.groups_given = 5
     for args, expected in ((alone, (3, 3)), (first, (2, 5)), (parse(ANY), (0, 50))):
-        assert (options.passes(args), options.last_epoch(args)) == expected
+        assert (options.epochs_given(args), options.last_epoch(args)) == expected
     assert options.eval_epochs(first) == {0, 1, 2, 3, 4, 5}
+    alone.groups_given = 2 * EPOCH_GROUPS + 1  # a large file is cut into epochs
+    assert options.epochs_given(alone) == 9
     assert alone.prompts is None and first.prompts == "animals"  # alone, those of the file
     assert alone.loss == first.loss == "chain" and alone.max_kl and first.average_weights
 
