@@ -6,7 +6,7 @@
 Each run is sd_demo.py as it is, on the emoji model, with a `SimulatedPerson` in the place of the
 page. Afterwards the LoRA of some of its epochs is judged on noises that no training saw: by the
 taste itself without its noise, by a network that knows the animals, and by the KL to the initial
-model. Writes into sd/results: people.json, people.png, and the tables of people.md.
+model. Writes into sd/results: people.json, the tables of people.md, and two figures.
 """
 
 import argparse
@@ -372,6 +372,9 @@ def write(jobs: list[Job], work: Path, folder: Path) -> None:
     before, _, after = page.read_text().split(MARK)
     run_folder.save_text(page, before + MARK + table(found) + MARK + after)
     draw(found, folder / "people.png")
+    shown = work / Job("warm", "default", 0).name / "progress.png"
+    if shown.exists():
+        shutil.copy(shown, folder / "people_warm.png")
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -44,7 +44,8 @@ def draw_run(run: Path) -> list[Path]:
 
 def write_card(run: Path, args: Namespace, epoch: int) -> None:
     """README.md of a run: what the LoRA is, and how to load it."""
-    title = f"LoRA for {args.model}, objective {args.objective}, {epoch} epochs of D3PO"
+    learned = f"objective {args.objective}" if args.objective else f"labels of {args.labels}"
+    title = f"LoRA for {args.model}, {learned}, {epoch} epochs of D3PO"
     use = "Use: `pipe.load_lora_weights('lora')`."
     pictures = "![](reward_curve.png)\n![](before_after.png)"
     card = f"# {title} (arXiv 2311.13231)\n\n    {args.command}\n\n{use}\n\n{pictures}\n"
@@ -67,7 +68,7 @@ def draw_curves(rows: list[dict], evaluated: list[dict], config: dict, path: Pat
     axes = iter(grid[0])
     if scored:
         axis = next(axes)
-        score, sem = (np.array([row[key] for row in rows]) for key in ("score", "score_sem"))
+        score, sem = (column(rows, key) for key in ("score", "score_sem"))
         axis.plot(epochs, score, color="0.5", linewidth=1, label="training images, ± s.e.")
         axis.fill_between(epochs, score - sem, score + sem, color="0.85")
         held_out = [row["eval_score"] for row in evaluated]
@@ -76,8 +77,11 @@ def draw_curves(rows: list[dict], evaluated: list[dict], config: dict, path: Pat
         axis.set(xlabel="epoch", ylabel=f"score: {config['objective']}")
         axis.legend()
     axis = next(axes)
-    axis.plot(epochs, [row["kl"] for row in rows], color="0.5", linewidth=1, label="all steps")
-    axis.plot(epochs, [row["kl_trained"] for row in rows], "k-", label="steps trained on")
+    axis.plot(epochs, column(rows, "kl"), color="0.5", linewidth=1, label="all steps")
+    axis.plot(epochs, column(rows, "kl_trained"), "k-", label="steps trained on")
+    if config.get("max_kl"):
+        axis.plot(eval_epochs, column(evaluated, "eval_kl"), "ko-", markersize=4, label="held out")
+        axis.axhline(config["max_kl"], color="black", linestyle=":", label="--max-kl")
     axis.set(xlabel="epoch", ylabel="KL to the initial model (nats an image)", ylim=(0, None))
     axis.legend()
     if watched:
@@ -88,6 +92,11 @@ def draw_curves(rows: list[dict], evaluated: list[dict], config: dict, path: Pat
     figure.savefig(path, dpi=110)
     plt.close(figure)
     return path
+
+
+def column(rows: list[dict], key: str) -> np.ndarray:
+    """The values of a key; NaN, which is not drawn, where a row has none."""
+    return np.array([row.get(key) for row in rows], dtype=float)
 
 
 def draw_pairs(before: list[Image.Image], after: list[Image.Image], path: Path) -> Path:

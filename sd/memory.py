@@ -206,6 +206,8 @@ class Given:
         for prompt, images, pairs in tqdm(files, "encode images", unit=" groups", delay=2):
             x_0 = encode(pipe, [open_image(file, size) for file in images]).cpu()
             groups.append(Group(prompt, x_0, None, torch.tensor(pairs)))
+        shape = f"{size[0]} x {size[1]}"
+        tqdm.write(f"The images of the file are resized and centre-cropped to {shape}.")
         return groups
 
 

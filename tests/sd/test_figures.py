@@ -93,6 +93,21 @@ def test_where_people_judge_there_is_no_score_to_draw(run, drawn):
     assert len(drawn[0].axes) == 1 and "KL" in drawn[0].axes[0].get_ylabel()
 
 
+def test_a_limit_of_the_kl_is_drawn_with_the_kl_that_it_limits(run, drawn):
+    config = run_folder.read_json(run / "config.json") | {"max_kl": 40.0}
+    run_folder.save_json(run / "config.json", config)
+    rows = run_folder.read_lines(run / "metrics.jsonl")
+    rows = [
+        row | {"kl": None, "kl_trained": None, "score": None, "score_sem": None} for row in rows
+    ]
+    for row in rows:
+        row["eval_kl"] = 10.0 * row["epoch"] if row["eval_score"] is not None else None
+    run_folder.save_lines(run / "metrics.jsonl", rows)  # as the images of a file leave them
+    figures.draw_run(run)
+    *_, held_out, limit = lines(drawn[0].axes[1])
+    assert held_out[0] == [0, 2, 3] and held_out[1][1:] == [20, 30] and limit[1] == [40, 40]
+
+
 def test_a_long_run_has_six_rows_evenly_apart(run, drawn):
     rows = [ROW | {"epoch": epoch, "eval_score": -1.0} for epoch in range(1, 21)]
     run_folder.save_lines(run / "metrics.jsonl", rows)
@@ -120,3 +135,6 @@ def test_the_card_says_what_the_lora_is_and_how_to_load_it(tmp_path):
     for part in ("some/thing", "objective tags, 7 epochs", "--seed 1", "load_lora_weights('lora')"):
         assert part in card
     assert "![](reward_curve.png)" in card and "![](before_after.png)" in card
+    args = Namespace(model="a", objective=None, labels="pairs.csv", command="")
+    figures.write_card(tmp_path, args, 7)
+    assert "labels of pairs.csv, 7 epochs" in (tmp_path / "README.md").read_text()
