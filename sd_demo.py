@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import d3po
-from sd import cost, figures, metrics, options, run_folder
+from sd import cost, figures, metrics, options, report, run_folder
 from sd.feedback import (
     HumanFeedback,
     ScorerFeedback,
@@ -253,10 +253,12 @@ def main(argv: list[str] | None = None) -> None:
             if is_main:
                 run_folder.drop_unfinished(args.out, epochs_done, keep_labels=people)
             train(run, epochs_done, bar)
+            accelerator.print(report.ending(args))
         elif is_main:
             bar.total = 2 * plan.calls_eval
             with run.average.applied():
                 compare_with_initial(feedback, model, epochs_done)
+            run.write_report(epochs_done)
     except KeyboardInterrupt:
         sys.exit(f"Stopped. Go on with: python sd_demo.py --resume {args.out}")
     except (ScorerError, LabelError, FloatingPointError) as error:

@@ -1,6 +1,5 @@
 """Figures of a run of sd_demo.py, drawn from what it stored."""
 
-from argparse import Namespace
 from pathlib import Path
 
 import matplotlib
@@ -40,16 +39,6 @@ def draw_run(run: Path) -> list[Path]:
     images = [held_out_images(run, epoch) for epoch in chosen]
     progress = draw_rows(images, names, run / "progress.png")
     return [curves, progress, draw_pairs(images[0], images[-1], run / "before_after.png")]
-
-
-def write_card(run: Path, args: Namespace, epoch: int) -> None:
-    """README.md of a run: what the LoRA is, and how to load it."""
-    learned = f"objective {args.objective}" if args.objective else f"labels of {args.labels}"
-    title = f"LoRA for {args.model}, {learned}, {epoch} epochs of D3PO"
-    use = "Use: `pipe.load_lora_weights('lora')`."
-    pictures = "![](reward_curve.png)\n![](before_after.png)"
-    card = f"# {title} (arXiv 2311.13231)\n\n    {args.command}\n\n{use}\n\n{pictures}\n"
-    run_folder.save_text(run / "README.md", card)
 
 
 def draw_curves(rows: list[dict], evaluated: list[dict], config: dict, path: Path) -> Path:

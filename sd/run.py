@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from accelerate import Accelerator
 
-from sd import figures, run_folder
+from sd import report, run_folder
 from sd.feedback import ScorerFeedback
 from sd.memory import Memory
 from sd.model import Model, RunningAverage
@@ -28,11 +28,11 @@ class Run(NamedTuple):
         return self.args.num_steps - self.args.skip_last
 
     def save(self, epoch: int) -> None:
-        """lora/ for pipe.load_lora_weights, a model card, and checkpoint/ for --resume."""
+        """lora/ for pipe.load_lora_weights, the report, and checkpoint/ for --resume."""
         args, scaler = self.args, self.accelerator.scaler
         with self.average.applied():
             self.model.save_lora(args.out / "lora")
-        figures.write_card(args.out, args, epoch)
+        self.write_report(epoch)
         state = {
             "epoch": epoch,
             "lora": self.model.lora_state(),
@@ -41,6 +41,11 @@ class Run(NamedTuple):
             "scaler": scaler and scaler.state_dict(),
         }
         run_folder.save_tensors(args.out / "checkpoint" / "state.pt", state)
+
+    def write_report(self, epoch: int) -> None:
+        """README.md and report.html of the run so far."""
+        flow = self.model.policy.prediction == "flow"
+        report.write(self.args.out, epoch, self.model.prompts[0], flow=flow)
 
     def load_checkpoint(self) -> int:
         """Go back to the last checkpoint, if there is one; return its epoch, or 0."""

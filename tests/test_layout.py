@@ -24,6 +24,7 @@ FLOORS = {
     "sd.feedback": 3,
     "sd.cost": 3,
     "sd.options": 4,
+    "sd.report": 2,
     "sd.run": 4,
     "sd_demo": 5,
 }

@@ -1,6 +1,5 @@
 """Figures of a run, drawn from a folder that no run has made."""
 
-from argparse import Namespace
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -126,15 +125,3 @@ def test_pairs_of_many_images_are_the_first_sixteen(tmp_path, drawn):
     assert [axis.get_ylabel() for axis in drawn[0].axes[::16]] == ["initial", "tuned"]
     image = np.asarray(Image.open(path))
     assert image.shape[1] > 4 * image.shape[0]
-
-
-def test_the_card_says_what_the_lora_is_and_how_to_load_it(tmp_path):
-    args = Namespace(model="some/thing", objective="tags", command="python sd_demo.py --seed 1")
-    figures.write_card(tmp_path, args, 7)
-    card = (tmp_path / "README.md").read_text()
-    for part in ("some/thing", "objective tags, 7 epochs", "--seed 1", "load_lora_weights('lora')"):
-        assert part in card
-    assert "![](reward_curve.png)" in card and "![](before_after.png)" in card
-    args = Namespace(model="a", objective=None, labels="pairs.csv", command="")
-    figures.write_card(tmp_path, args, 7)
-    assert "labels of pairs.csv, 7 epochs" in (tmp_path / "README.md").read_text()

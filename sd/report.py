@@ -1,0 +1,99 @@
+"""What a run leaves to read: README.md for who gets the LoRA, report.html for who made it."""
+
+import html
+from argparse import Namespace
+from pathlib import Path
+
+from sd import run_folder
+
+SINGLE_FILE = ".safetensors"
+FIGURES = {  # file of a run -> what it shows
+    "reward_curve.png": "Over the epochs.",
+    "progress.png": "The same noises over the epochs; no training saw them.",
+    "evaluation.png": "Initial and tuned model on noises of the evaluation.",
+}
+STYLE = """<style>
+:root { color-scheme: light dark }
+body { font: 1rem/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
+img { max-width: 100% }
+pre { overflow: auto; background: #8882; padding: 1rem }
+th { text-align: left; font-weight: normal; padding-right: 2rem }
+</style>"""
+
+
+def usage(args: Namespace, prompt: str, *, flow: bool) -> str:
+    """Python that loads the LoRA and draws an image as the training did; it runs as it stands."""
+    load = "from_single_file" if args.model.endswith(SINGLE_FILE) else "from_pretrained"
+    kind = "AutoPipelineForText2Image" if load == "from_pretrained" else "StableDiffusionPipeline"
+    dtype = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}[args.precision]
+    call = {"num_inference_steps": args.num_steps, "guidance_scale": args.guidance_scale}
+    call |= {} if flow else {"eta": args.eta}
+    call |= {name: value for name in ("height", "width") if (value := getattr(args, name))}
+    settings = ", ".join(f"{name}={value!r}" for name, value in call.items())
+    lines = [
+        "import torch",
+        f"from diffusers import {'' if flow else 'DDIMScheduler, '}{kind}",
+        "",
+        f"pipe = {kind}.{load}({args.model!r}, torch_dtype=torch.{dtype})",
+        'pipe.to("cuda" if torch.cuda.is_available() else "cpu")',
+    ]
+    if not flow:  # a scheduler's default for the last step is another
+        lines += [
+            'options = {"set_alpha_to_one": False, "clip_sample": False}',
+            "pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, **options)",
+        ]
+    if args.init_lora:
+        lines += [f"pipe.load_lora_weights({args.init_lora!r})", "pipe.fuse_lora()"]
+        lines += ["pipe.unload_lora_weights()"]
+    lines += [
+        f"pipe.load_lora_weights({str(Path(args.out).resolve() / 'lora')!r})",
+        f"image = pipe({prompt!r}, {settings}).images[0]",
+        'image.save("image.png")',
+    ]
+    return "\n".join(lines)
+
+
+def write(run: Path, epoch: int, prompt: str, *, flow: bool) -> None:
+    """README.md, a model card, and report.html, which needs no network, of a run."""
+    args = Namespace(**{**run_folder.read_json(run / "config.json"), "out": run})
+    learned = f"objective {args.objective}" if args.objective else f"labels of {args.labels}"
+    title = f"LoRA for {args.model}, {learned}, {epoch} epochs of D3PO (arXiv 2311.13231)"
+    code, note = usage(args, prompt, flow=flow), "At other settings its effect was not measured."
+    rows = run_folder.read_lines(run / "metrics.jsonl")
+    evaluation = run / "evaluation.json"
+    result = run_folder.read_json(evaluation) if evaluation.exists() else {}
+    pictures = [name for name in FIGURES if (run / name).exists()]
+
+    card = [f"# {title}", f"    {args.command}", f"```python\n{code}\n```", note]
+    card += [f"![{FIGURES[name]}]({name})" for name in pictures]
+    card += [f"Evaluation: {show(result)}."] if result else []
+    run_folder.save_text(run / "README.md", "\n\n".join(card) + "\n")
+
+    page = [f"<!doctype html><html lang=en><meta charset=utf-8><title>D3PO</title>{STYLE}"]
+    page += [f"<h1>{html.escape(title)}</h1><pre>{html.escape(args.command)}</pre>"]
+    page += [f"<h2>Use it</h2><pre>{html.escape(code)}</pre><p>{note}"]
+    page += [f"<h2>{FIGURES[name]}</h2><img src={name} alt=''>" for name in pictures]
+    for head, content in (("Evaluation", result), ("The last epoch", rows[-1] if rows else {})):
+        known = {key: value for key, value in content.items() if value is not None}
+        cells = "".join(f"<tr><th>{key}<td>{html.escape(show(v))}" for key, v in known.items())
+        page += [f"<h2>{head}</h2><table>{cells}</table>"] if known else []
+    run_folder.save_text(run / "report.html", "\n".join(page) + "\n")
+
+
+def show(value) -> str:
+    """A value of a table, numbers to four digits."""
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {show(part)}" for key, part in value.items() if part is not None)
+    if isinstance(value, list):
+        return " to ".join(map(show, value))
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def ending(args: Namespace) -> str:
+    """Where a run left its LoRA, and what can be done with it."""
+    objective = "" if args.objective else " --objective OBJECTIVE"
+    return (
+        f"The LoRA: {args.out / 'lora'}\nThe report: {args.out / 'report.html'}\n"
+        f"Evaluate: python sd_demo.py --evaluate {args.out}{objective}\n"
+        f"Go on: python sd_demo.py --resume {args.out} --epochs {2 * args.epochs}"
+    )
