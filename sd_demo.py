@@ -86,7 +86,7 @@ def train(run: Run, epochs_done: int, bar: tqdm) -> None:
         # Evaluate, log, save
         losses = gather_object(losses)
         rows = gather_object([label.row for of_batch in labels for label in of_batch])
-        too_far = False
+        stop = False
         if accelerator.is_main_process:
             eval_result = None
             if epoch in options.eval_epochs(args):
@@ -107,16 +107,18 @@ def train(run: Run, epochs_done: int, bar: tqdm) -> None:
                 "peak_memory_mb": metrics.peak_memory_mb(),
             }
             bar.write(metrics.format_metrics(row, last_epoch, initial_eval.as_row()))
-            if too_far := (row["eval_kl"] or 0) > (args.max_kl or math.inf):
+            stop = run.feedback.finished
+            if (row["eval_kl"] or 0) > (args.max_kl or math.inf):
                 bar.write(options.describe_stop(args, epoch))
+                stop = True
             else:
                 run_folder.append(args.out / "metrics.jsonl", [row])
                 figures.draw_run(args.out)
                 run.save(epoch)
                 memory.drop_batches()
-                run.feedback.status(f"Sampling, epoch {epoch + 1}")
-        (too_far,) = broadcast_object_list([too_far])
-        if too_far:
+                run.feedback.status(f"Sampling, epoch {epoch + 1}", row)
+        (stop,) = broadcast_object_list([stop])
+        if stop:
             break
     run.feedback.close()
 

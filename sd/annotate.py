@@ -3,7 +3,9 @@
     GET  /                 the page, annotate.html
     GET  /state?name=Ann   what Ann is asked, what she answered, and what the run is doing
     GET  /images/ID/K      image K of a question that is asked now
+    GET  /held_out/E/N     image N of the same prompts and noises, after epoch E (0: before)
     POST /answer           {"id": ID, "name": "Ann" or null, "answer": as in sd/labels.py}
+    POST /end              {"id": ID of a question, "end": "questions" or "run"}: skip what is left
 
 The server listens on 127.0.0.1. What a page of another site sends is refused, under its own name
 (Origin, against CSRF) and under a name that leads here (Host, against DNS rebinding).
@@ -16,6 +18,7 @@ import secrets
 import socket
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,10 +33,13 @@ from starlette.routing import Route
 from tqdm import tqdm
 
 from sd import labels
+from sd.figures import held_out_file
 from sd.run_folder import Stream, generator, save_lines
 
+SHOWN_IMAGES = 8  # before and now
 PORTS = range(7860, 7960)  # tried in turn where no port is given
 MAX_REQUEST_BYTES = 10_000  # far more than an answer needs
+FAREWELL = "The run has finished. You can close this page."
 FAREWELL_SECONDS = 1.5  # open pages ask once a second, and learn that the run has ended
 CONTENT_POLICY = (
     "default-src 'none'; img-src 'self' data:; connect-src 'self'; style-src 'unsafe-inline'; "
@@ -57,22 +63,35 @@ class AnnotationServer:
 
     run: the folder with labels.jsonl and images/. annotators: answers that each question needs,
     from as many people. seed: of left and right. port: None for the first free one from 7860.
+    guide: what the page asks; None for its own words. `finished`: somebody wants the run to end.
     """
 
-    def __init__(self, run: Path, annotators: int, seed: int, port: int | None = None):
+    def __init__(
+        self,
+        run: Path,
+        annotators: int,
+        seed: int,
+        port: int | None = None,
+        guide: str | None = None,
+    ):
         self.run, self.annotators, self.seed, self.port = run, annotators, seed, port
         self.file, self.url, self.kappa = run / "labels.jsonl", None, math.nan
+        self.guide, self.finished, self._progress = guide, False, {}
+        self._shown_epoch, self._warnings = 0, []
         self._server = self._thread = None
         self._changed = threading.Condition()  # guards the three below
         self._questions: dict[str, Question] = {}  # by id, in order
         self._status, self._ended = "", False
 
-    def ask(self, questions: list[dict]) -> list[dict]:
+    def ask(self, questions: list[dict], progress: dict | None = None) -> list[dict]:
         """Wait until each question has its answers; return the questions as the majority answers.
 
-        questions: lines of labels.jsonl, of one epoch, whose answer is null. Sets `kappa`. Raises
-        LabelError for a labels.jsonl with flaws, and where no page can be opened.
+        questions: lines of labels.jsonl, of one epoch, whose answer is null. Those that nobody
+        wants to answer any more ("Train now") are skipped. progress: what the page shows of the
+        whole run: epoch, epochs, before (answers), total. Sets `kappa`. Raises LabelError for a
+        labels.jsonl with flaws, and where no page can be opened.
         """
+        self._progress = progress or {}
         if not questions:
             return []
         folder = (self.run / "images").resolve()
@@ -91,16 +110,21 @@ class AnnotationServer:
         rows = zip(questions, answers, strict=True)
         return [{**row, field: labels.majority(row, list(given.values()))} for row, given in rows]
 
-    def status(self, text: str) -> None:
-        """What the page says while it has no question."""
-        with self._changed:
-            self._status = text
+    def status(self, text: str, epoch: int | None = None, warnings: Sequence[str] = ()) -> None:
+        """What the page says while it has no question.
 
-    def close(self) -> None:
-        """Tell open pages that the run has ended, and serve no more."""
+        epoch: the last whose held-out images there are, to compare with those before training.
+        """
+        with self._changed:
+            self._status, self._warnings = text, list(warnings)
+            if epoch is not None:
+                self._shown_epoch = epoch
+
+    def close(self, farewell: str = FAREWELL) -> None:
+        """Tell open pages how the run has ended, and serve no more."""
         if self._server is not None:
             with self._changed:
-                self._status = "The run has finished. You can close this page."
+                self._status = farewell
                 self._ended = True
             time.sleep(FAREWELL_SECONDS)
             self._server.should_exit = True
@@ -139,7 +163,9 @@ class AnnotationServer:
             Route("/", page, methods=["GET"]),  # and HEAD
             Route("/state", self._get_state),
             Route("/images/{id}/{k}", self._get_image),
+            Route("/held_out/{epoch:int}/{n:int}", self._get_held_out),
             Route("/answer", self._post_answer, methods=["POST"]),
+            Route("/end", self._post_end, methods=["POST"]),
         ]
         app = Starlette(routes=routes, exception_handlers={HTTPError: error_response})
         app.router.redirect_slashes = False
@@ -169,6 +195,14 @@ class AnnotationServer:
                 "status": wait if self._questions else self._status,
                 "ended": self._ended,
                 "named": several,
+                "guide": self.guide,
+                "progress": self._progress,
+                "warnings": self._warnings,
+                "shown": [
+                    [f"/held_out/{epoch}/{n}" for n in range(SHOWN_IMAGES)]
+                    for epoch in (0, self._shown_epoch)
+                    if self._shown_epoch
+                ],
             }
         return JSONResponse(state, headers={"Cache-Control": "no-store"})
 
@@ -177,6 +211,13 @@ class AnnotationServer:
         files = {str(k): self.run / image for k, image in enumerate(images)}
         file = files.get(request.path_params["k"])
         if file is None or not file.is_file():
+            raise HTTPError(404, "there is no such image")
+        return FileResponse(file, media_type="image/png", headers={"Cache-Control": "private"})
+
+    async def _get_held_out(self, request: Request):
+        epoch, n = (request.path_params[name] for name in ("epoch", "n"))
+        file = held_out_file(self.run, epoch, n)
+        if not file.is_file():
             raise HTTPError(404, "there is no such image")
         return FileResponse(file, media_type="image/png", headers={"Cache-Control": "private"})
 
@@ -199,6 +240,24 @@ class AnnotationServer:
             question.answers[name] = answer
             self._changed.notify_all()
         return JSONResponse({"saved": True})
+
+    async def _post_end(self, request: Request):
+        """Skip what is not answered: "Train now"; and let the run end after it: "Finish"."""
+        sent = await read_json(request)
+        if not isinstance(sent, dict) or sent.get("end") not in ("questions", "run"):
+            raise HTTPError(400, 'send an object of id and end: "questions" or "run"')
+        with self._changed:
+            self._find_question(sent.get("id"))  # of a stale page it is not asked now
+            for question in self._questions.values():
+                field = labels.answer_field(question.row)
+                for missing in range(self.annotators - len(question.answers)):
+                    name = f"(nobody {missing + 1})" if self.annotators > 1 else None
+                    annotator = {} if name is None else {"annotator": name}
+                    append_safely(self.file, {**question.row, field: None, **annotator})
+                    question.answers[name] = None
+            self.finished = sent["end"] == "run"
+            self._changed.notify_all()
+        return JSONResponse({"ended": True})
 
     def _find_question(self, key) -> Question:
         with self._changed:

@@ -152,7 +152,7 @@ class SimulatedPerson(HumanFeedback):
             bad = np.arange(len(scores)) != best
         return {**row, "bad": bad.tolist()}
 
-    def status(self, text: str) -> None:
+    def status(self, text: str, row: dict) -> None:
         folder = self.args.out / "loras" / str(self.clicks)
         folder.mkdir(parents=True)
         shutil.copy(self.args.out / "lora" / LORA_FILE, folder)

@@ -14,9 +14,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sd import figures, run_folder
-from sd.annotate import AnnotationServer
+from sd.annotate import FAREWELL, AnnotationServer
+from sd.label_files import epochs_of_pass
 from sd.labels import Label, LabelError, pareto_preference, read_labels
-from sd.metrics import EvalResult, win_rate, win_rate_vs_reference
+from sd.metrics import EvalResult, warnings, win_rate, win_rate_vs_reference
 from sd.model import Batch, Model, PipelinePolicy, sample_held_out
 from sd.run_folder import Stream
 from sd.scorers import load_scorers
@@ -87,8 +88,10 @@ class ScorerFeedback:
         rows = [torch.tensor(score(images, prompts), dtype=torch.float64) for score in self.scorers]
         return torch.stack(rows) if rows else torch.empty(0, len(images))
 
-    def status(self, text: str) -> None:
-        """What people see while there is no question."""
+    finished = False  # people want the run to end
+
+    def status(self, text: str, row: dict) -> None:
+        """What people see while there is no question; row: the epoch's, of metrics.jsonl."""
 
     def close(self) -> None:
         """The run has ended."""
@@ -112,9 +115,13 @@ class HumanFeedback(ScorerFeedback):
     def collect_labels(self, rows: list[dict]) -> list[dict]:
         args = self.args
         self.server = self.server or AnnotationServer(
-            args.out, args.annotators, args.seed, port=args.port
+            args.out, args.annotators, args.seed, port=args.port, guide=args.question
         )
-        answered = self.server.ask(rows)
+        epoch = rows[0]["epoch"] - args.passes * epochs_of_pass(args.groups_given)
+        total, before = args.epochs * len(rows), (epoch - 1) * len(rows)
+        progress = {"epoch": epoch, "epochs": args.epochs, "before": before, "total": total}
+        answered = self.server.ask(rows, progress)
+        self.finished = self.server.finished
         if args.annotators > 1:
             kappa = self.server.kappa
             tqdm.write(f"Agreement of the {args.annotators} annotators: Fleiss' kappa {kappa:.2f}")
@@ -131,13 +138,15 @@ class HumanFeedback(ScorerFeedback):
                 "of 255): go on with the machine that made it, or delete it and its labels"
             )
 
-    def status(self, text: str) -> None:
+    def status(self, text: str, row: dict) -> None:
         if self.server:
-            self.server.status(text)
+            shown = figures.held_out_file(self.args.out, row["epoch"], 0).exists()
+            self.server.status(text, row["epoch"] if shown else None, warnings(row))
 
     def close(self) -> None:
         if self.server:
-            self.server.close()
+            out = self.args.out
+            self.server.close(f"{FAREWELL} The LoRA is in {out / 'lora'}; open {out}/report.html.")
 
 
 def question(batch: Batch, epoch: int, chains: list[int], *, scores=None, **answer) -> Label:
@@ -208,6 +217,7 @@ def blind_test(
     """People compare tuned and initial model without knowing which is which (Fig. 7).
 
     RUN/blind_eEPOCH keeps images and answers: a second start goes on where the first one stopped.
+    Who stops early gets the result of what was answered; a question that all skipped is no tie.
     """
     args = feedback.args
     folder = args.out / f"blind_e{epoch:03}"
@@ -220,15 +230,27 @@ def blind_test(
         questions.append(
             {"epoch": epoch, "prompt": prompt, "images": files, "scores": None, "h": None}
         )
-    server = AnnotationServer(folder, args.annotators, args.seed, port=args.port)
-    h = torch.tensor([row["h"] for row in server.ask(questions)])
-    server.close()
+    server = AnnotationServer(
+        folder, args.annotators, args.seed, port=args.port, guide=args.question
+    )
+    rows = server.ask(questions)
     answers = read_labels(server.file, questions).values()
     votes = [[vote for vote in of_one.values() if vote is not None] for of_one in answers]
-    majorities = [2 * of_one.count(1) > len(of_one) for of_one in votes]
+    h = [row["h"] for row, of_one in zip(rows, votes, strict=True) if of_one]
+    if not h:
+        server.close("Nothing was answered, so there is no result.")
+        raise LabelError("No question of the blind test was answered")
+    result = win_rate(torch.tensor(h))
+    low, high = result["win_rate_interval"]
+    server.close(
+        f"Thank you. The tuned model's image was better in {result['win_rate']:.0%} of {len(h)}, "
+        f"ties half (95 % interval {low:.0%} to {high:.0%})."
+    )
+    majorities = [2 * of_one.count(1) > len(of_one) for of_one in votes if of_one]
     return {
         "annotators": args.annotators,
         "votes": sum(map(len, votes)),
-        **win_rate(h),
+        "skipped": len(rows) - len(h),
+        **result,
         "more_than_half_of_votes": sum(majorities) / len(majorities),
     }

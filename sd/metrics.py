@@ -139,10 +139,14 @@ def format_metrics(row: dict, epochs: int, initial: dict) -> str:
     parts.append(f"{row['seconds_sample']:.0f} + {row['seconds_train']:.0f} s")
     if row["skipped"]:
         parts.append(f"{row['skipped']} updates skipped, their gradient overflowed")
+    return "; ".join([*parts, *(f"WARNING: {warning}" for warning in warnings(row))])
+
+
+def warnings(row: dict) -> list[str]:
+    """What a row of metrics.jsonl says of a model that seems to break."""
+    found = []
     if (row["log_ratio_winners"] or 0) < 0:
-        remedy = "try a larger --beta or a smaller --lr"
-        parts.append(f"WARNING: winners lose probability too; {remedy}")
+        found.append("winners lose probability too; try a larger --beta or a smaller --lr")
     if (row["kl_trained"] or 0) > KL_LIMIT:
-        warning = f"KL to the initial model above {KL_LIMIT} nats; look at progress.png"
-        parts.append(f"WARNING: {warning}")
-    return "; ".join(parts)
+        found.append(f"KL to the initial model above {KL_LIMIT} nats; look at progress.png")
+    return found

@@ -113,6 +113,9 @@ def build_parser() -> tuple[ArgumentParser, dict]:
     add("--images", help="folder of the images of --labels; by default the file's own")
     add("--watch", help="a scorer that is only reported, as above")
     add("--annotators", 1, type=count, help="people who answer each question of human and tags")
+    add(
+        "--question", help="the text above the images; by default which is better, or which are bad"
+    )
     add("--port", type=int, help="of their page; by default the first free one from 7860")
     lists = "animals, hand, unsafe (App. C), or a file, one prompt a line"
     add("--prompts", help=f"{lists}; by default animals, and with --labels alone those of its file")
@@ -233,7 +236,11 @@ def saved_settings(typed: dict, defaults: dict) -> dict:
     """The settings of the run to resume or evaluate. Raises ValueError for a flag that differs."""
     folder = typed.get("resume") or typed["evaluate"]
     saved = run_folder.load_settings(folder, defaults.keys() - UNSAVED_FLAGS | {"command"})
-    fixed = saved.keys() - {"epochs", "max_kl"} if "resume" in typed else {"model", "lora_rank"}
+    fixed = (
+        saved.keys() - {"epochs", "max_kl", "question"}
+        if "resume" in typed
+        else {"model", "lora_rank"}
+    )
     changed = [
         f"--{name.replace('_', '-')} {saved[name]}"
         for name in sorted(fixed & typed.keys())

@@ -21,6 +21,7 @@ import pytest
 from PIL import Image
 
 from sd import annotate
+from sd.figures import held_out_file
 from sd.prompts import PROMPTS
 from sd.run_folder import ROOT
 
@@ -161,7 +162,8 @@ def test_a_person_labels_an_epoch(start, tmp_path):
         assert read_rows(tmp_path)[-1] == questions[k] | {"h": h, "left": q["left"]}
     expected = [q | {"h": h} for q, h in zip(questions, [1, 0, -1, 0], strict=True)]
     assert session.finish() == expected
-    nothing = {"questions": [], "ended": False, "named": False}
+    nothing = {"questions": [], "ended": False, "named": False, "guide": None, "progress": {}}
+    nothing |= {"warnings": [], "shown": []}
     assert session.state() == nothing | {"status": "Training, epoch 3"}
     session.server.status("Sampling, epoch 4")
     assert session.state() == nothing | {"status": "Sampling, epoch 4"}
@@ -305,6 +307,59 @@ def test_kappa_of_tags_takes_each_image_as_an_item(start, tmp_path):
     session.finish()
     # agreement 3/4, shares 3/8 and 5/8
     assert session.server.kappa == pytest.approx((3 / 4 - 34 / 64) / (1 - 34 / 64))
+
+
+def post_end(port: int, question, end) -> Reply:
+    body = json.dumps({"id": question, "end": end}).encode()
+    return request(port, "POST", "/end", body, {"Content-Type": "application/json"})
+
+
+def test_between_questions_the_page_shows_before_and_now(start, tmp_path):
+    session = start(make_questions(tmp_path, N=1))
+    session.answer(1)
+    session.finish()
+    for epoch in (0, 3):
+        Image.new("RGB", (8, 8), (epoch, 0, 0)).save(held_out_file(tmp_path, epoch, 0))
+    session.server.status("Sampling, epoch 4", 3, ["the model seems to break"])
+    state = session.state()
+    assert state["warnings"] == ["the model seems to break"]
+    before, now = state["shown"]
+    for urls, epoch in ((before, 0), (now, 3)):
+        image = session.request("GET", urls[0]).body
+        assert image == held_out_file(tmp_path, epoch, 0).read_bytes()
+        assert session.request("GET", urls[1]).status == 404
+    session.server.status("Sampling, epoch 5")  # an epoch without evaluation
+    assert session.state()["shown"] == [before, now] and not session.state()["warnings"]
+    for path in ("/held_out/-1/0", "/held_out/0/x", "/held_out/0/../../config.json"):
+        assert session.request("GET", path).status == 404
+
+
+@pytest.mark.parametrize("kind", ["h", "bad"])
+def test_what_is_left_can_be_skipped_at_once(start, tmp_path, kind):
+    session = start(make_questions(tmp_path, kind, K=2 if kind == "h" else 3))
+    first, second, *_ = session.open()
+    answer = 1 if kind == "h" else [True, False, False]
+    post_answer(session.port, first["id"], answer)
+    for wrong in (post_end(session.port, "stale-0", "run"), post_end(session.port, 3, "questions")):
+        assert wrong.status == 409
+    assert post_end(session.port, second["id"], "everything").status == 400
+    assert not session.server.finished and len(session.open()) == 3
+    assert post_end(session.port, second["id"], "questions").status == 200
+    answered = session.finish()
+    assert [row[kind] for row in read_rows(tmp_path)] == [answer, None, None, None]
+    nothing = 0 if kind == "h" else [False] * 3
+    assert [row[kind] for row in answered] == [answer] + [nothing] * 3
+    assert not session.server.finished
+
+
+def test_finish_skips_for_all_and_is_remembered(start, tmp_path):
+    session = start(make_questions(tmp_path), annotators=2)
+    first, *_ = session.open("Ann")
+    post_answer(session.port, first["id"], 1, "Ann")
+    assert post_end(session.port, first["id"], "run").status == 200
+    assert [row["h"] for row in session.finish()] == [1, 0, 0, 0] and session.server.finished
+    again = annotate.AnnotationServer(tmp_path, 2, 0).ask(make_questions(tmp_path))
+    assert [row["h"] for row in again] == [1, 0, 0, 0]  # nobody is asked again
 
 
 def test_a_third_annotator_is_asked_only_what_is_open(start, tmp_path):

@@ -1,6 +1,5 @@
 """Figures of a run, drawn from a folder that no run has made."""
 
-
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest

@@ -191,6 +191,63 @@ def test_labels_of_another_tool_train_without_a_page(tiny, start, tmp_path):
     assert Image.open(file).getpixel((0, 0)) == (255, 0, 0)
 
 
+def end(port: int, question: dict, what: str) -> None:
+    body = json.dumps({"id": question["id"], "end": what}).encode()
+    headers = {"Content-Type": "application/json"}
+    assert request(port, "POST", "/end", body, headers).status == 200
+
+
+def test_train_now_takes_the_answers_so_far_and_finish_ends_the_run(tiny, tmp_path, monkeypatch):
+    """Epoch 1: two of four answers, train; epoch 2 of 5: one answer, finish."""
+    monkeypatch.setattr(annotate, "FAREWELL_SECONDS", 0)
+    out, port, states = tmp_path / "run", free_port(), []
+    argv = new_run(tiny, out, "--objective human --epochs 5 --question 'Which is friendlier?'")
+
+    def people():
+        for answers, what in ((2, "questions"), (1, "run")):
+            until(lambda: is_serving(port) and open_questions(port))
+            states.append(json.loads(request(port, "GET", "/state").body))
+            questions = open_questions(port)
+            for question in questions[:answers]:
+                assert post_answer(port, question["id"], 1).status == 200
+            end(port, questions[answers], what)
+            until(lambda: not is_serving(port) or not open_questions(port))
+
+    thread = threading.Thread(target=people, daemon=True)
+    thread.start()
+    sd_demo.main([*argv, "--port", str(port)])
+    thread.join(WAIT)
+    labels = [(row["epoch"], row["h"]) for row in read_rows(out)]
+    skipped = {1: 2, 2: 3}
+    for epoch, answers in ((1, 2), (2, 1)):
+        of_epoch = [h for number, h in labels if number == epoch]
+        assert of_epoch == [1] * answers + [None] * skipped[epoch]
+    assert last_metrics(out)["epoch"] == 2 and (out / "report.html").exists() and lora_of(out)
+    assert [state["guide"] for state in states] == ["Which is friendlier?"] * 2
+    assert states[1]["progress"] == {"epoch": 2, "epochs": 5, "before": 4, "total": 20}
+
+
+@pytest.mark.slow
+def test_a_blind_test_may_stop_early(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(annotate, "FAREWELL_SECONDS", 0)
+    out, port = tmp_path / "run", free_port()
+    sd_demo.main(new_run(tiny, out, "--objective compressibility --epochs 1"))
+
+    def people():
+        until(lambda: is_serving(port) and open_questions(port))
+        questions = open_questions(port)
+        for question in questions[:2]:
+            post_answer(port, question["id"], 1)
+        end(port, questions[2], "run")
+
+    thread = threading.Thread(target=people, daemon=True)
+    thread.start()
+    blind = ["--evaluate", str(out), "--objective", "human", "--eval-images", "5"]
+    sd_demo.main([*blind, "--port", str(port)])
+    result = json.loads((out / "evaluation.json").read_text())
+    assert (result["pairs"], result["skipped"], result["win_rate"]) == (2, 3, 1.0)
+
+
 @pytest.mark.slow
 def test_a_blind_test_shows_no_name_and_counts_wins(tiny, start, tmp_path):
     out, port = tmp_path / "run", free_port()
@@ -209,9 +266,9 @@ def test_a_blind_test_shows_no_name_and_counts_wins(tiny, start, tmp_path):
     assert not any(word in json.dumps(seen) for word in ("tuned", "initial"))
     assert len({question["left"] for question in seen}) == 2
     result = json.loads((out / "evaluation.json").read_text())
-    assert result["objective"] == "human" and result["pairs"] == 5 and result["votes"] == 4
-    assert result["win_rate"] == pytest.approx((2 + 0.5 + 0.5) / 5)
-    assert result["more_than_half_of_votes"] == 2 / 5
+    assert result["objective"] == "human" and result["pairs"] == 4 and result["votes"] == 4
+    assert result["win_rate"] == pytest.approx((2 + 0.5) / 4) and result["skipped"] == 1
+    assert result["more_than_half_of_votes"] == 2 / 4
     low, high = result["win_rate_interval"]
     assert low < 0.6 < high
     assert (out / "evaluation.png").exists()
