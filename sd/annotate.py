@@ -5,6 +5,7 @@
     GET  /images/ID/K      image K of a question that is asked now
     GET  /held_out/E/N     image N of the same prompts and noises, after epoch E (0: before)
     POST /answer           {"id": ID, "name": "Ann" or null, "answer": as in sd/labels.py}
+    POST /undo             {"id": ID, "name": as above}: take the last answer back before training
     POST /end              {"id": ID of a question, "end": "questions" or "run"}: skip what is left
 
 The server listens on 127.0.0.1. What a page of another site sends is refused, under its own name
@@ -40,6 +41,7 @@ SHOWN_IMAGES = 8  # before and now
 PORTS = range(7860, 7960)  # tried in turn where no port is given
 MAX_REQUEST_BYTES = 10_000  # far more than an answer needs
 FAREWELL = "The run has finished. You can close this page."
+UNDO_SECONDS = 4  # between the last answer and training
 FAREWELL_SECONDS = 1.5  # open pages ask once a second, and learn that the run has ended
 CONTENT_POLICY = (
     "default-src 'none'; img-src 'self' data:; connect-src 'self'; style-src 'unsafe-inline'; "
@@ -146,7 +148,12 @@ class AnnotationServer:
         people = f"{self.annotators} to answer at {self.url}"
         tqdm.write(f"Epoch {epoch}: {len(questions)} questions for {people}")
         with self._changed:
-            self._changed.wait_for(lambda: self._missing() == 0)
+            self._hurry = False
+            while True:  # the last answer can be taken back for a moment
+                self._changed.wait_for(lambda: self._missing() == 0)
+                self._changed.wait_for(lambda: self._missing() > 0 or self._hurry, UNDO_SECONDS)
+                if self._missing() == 0:
+                    break
             self._questions, self._status = {}, f"Training, epoch {epoch}"
 
     def _missing(self) -> int:
@@ -157,7 +164,8 @@ class AnnotationServer:
         if self._server is not None:
             return
         listener = listen(self.port)
-        self.url = f"http://127.0.0.1:{listener.getsockname()[1]}/"
+        port = listener.getsockname()[1]
+        self.url = f"http://127.0.0.1:{port}/"
         page = HTMLResponse(Path(__file__).with_name("annotate.html").read_bytes())
         routes = [
             Route("/", page, methods=["GET"]),  # and HEAD
@@ -165,6 +173,7 @@ class AnnotationServer:
             Route("/images/{id}/{k}", self._get_image),
             Route("/held_out/{epoch:int}/{n:int}", self._get_held_out),
             Route("/answer", self._post_answer, methods=["POST"]),
+            Route("/undo", self._post_undo, methods=["POST"]),
             Route("/end", self._post_end, methods=["POST"]),
         ]
         app = Starlette(routes=routes, exception_handlers={HTTPError: error_response})
@@ -177,6 +186,7 @@ class AnnotationServer:
         self._server = uvicorn.Server(config)
         self._thread = threading.Thread(target=self._server.run, args=([listener],), daemon=True)
         self._thread.start()
+        tqdm.write(f"From another machine: ssh -L {port}:127.0.0.1:{port} THIS-MACHINE")
 
     async def _get_state(self, request: Request):
         name = self._check_name(request.query_params.get("name") or None)
@@ -190,12 +200,15 @@ class AnnotationServer:
                     asked.append({**question, "kind": labels.answer_field(row), **answer})
             is_open = any(not question["answered"] for question in asked) and (name or not several)
             wait = f"Thank you. Others have {self._missing()} answers to give."
+            if self._is_last(name):
+                wait = "Thank you. Training starts in a moment."
             state = {
                 "questions": asked if is_open else [],
                 "status": wait if self._questions else self._status,
                 "ended": self._ended,
                 "named": several,
                 "guide": self.guide,
+                "last": next(reversed(self._questions)) if self._is_last(name) else None,
                 "progress": self._progress,
                 "warnings": self._warnings,
                 "shown": [
@@ -255,9 +268,23 @@ class AnnotationServer:
                     annotator = {} if name is None else {"annotator": name}
                     append_safely(self.file, {**question.row, field: None, **annotator})
                     question.answers[name] = None
-            self.finished = sent["end"] == "run"
+            self.finished, self._hurry = sent["end"] == "run", True
             self._changed.notify_all()
         return JSONResponse({"ended": True})
+
+    async def _post_undo(self, request: Request):
+        sent = await read_json(request)
+        if not isinstance(sent, dict) or sent.keys() != {"id", "name"}:
+            raise HTTPError(400, "send an object of id and name")
+        with self._changed:
+            self._find_question(sent["id"]).answers.pop(self._check_name(sent["name"]), None)
+            self._changed.notify_all()
+        return JSONResponse({"undone": True})
+
+    def _is_last(self, name: str | None) -> bool:
+        """Whether all is answered, and this person may still take an answer back."""
+        answered = [name in question.answers for question in self._questions.values()]
+        return bool(answered) and answered[-1] and self._missing() == 0
 
     def _find_question(self, key) -> Question:
         with self._changed:
@@ -272,7 +299,10 @@ class AnnotationServer:
             raise HTTPError(400, "a name has 1 to 40 printable characters")
         if self.annotators == 1:
             raise HTTPError(400, "one person labels this run, without a name")
-        return name.strip()
+        name = " ".join(name.split())
+        with self._changed:  # "ann " is Ann
+            known = [n for q in self._questions.values() for n in q.answers if n is not None]
+        return {n.casefold(): n for n in known}.get(name.casefold(), name)
 
 
 class SameOriginMiddleware:

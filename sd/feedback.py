@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sd import figures, run_folder
-from sd.annotate import FAREWELL, AnnotationServer
+from sd.annotate import FAREWELL, AnnotationServer, listen
 from sd.label_files import epochs_of_pass
 from sd.labels import Label, LabelError, pareto_preference, read_labels
 from sd.metrics import EvalResult, warnings, win_rate, win_rate_vs_reference
@@ -101,6 +101,11 @@ class HumanFeedback(ScorerFeedback):
     """Labels by people on a page: --objective human (which of two?) or tags (which are bad?)."""
 
     server: AnnotationServer | None = None
+
+    def __init__(self, args: Namespace, prompts: list[str], accelerator: Accelerator):
+        super().__init__(args, prompts, accelerator)
+        if accelerator.is_main_process:
+            listen(args.port).close()  # a taken port is said before anything is sampled
 
     def load(self, objective: str, prompts: list[str], options: dict) -> list:
         return []

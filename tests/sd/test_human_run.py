@@ -119,6 +119,7 @@ def lora_of(run: Path) -> bytes:
 
 def test_a_run_asks_trains_and_ends(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(annotate, "FAREWELL_SECONDS", 0)
+    monkeypatch.setattr(annotate, "UNDO_SECONDS", 0)
     out = tmp_path / "run"
     flags = "--objective tags --epochs 1 --pairs-per-epoch 2 --images-per-prompt 3 --num-steps 2"
     argv = new_run(tiny, out, flags)
@@ -200,6 +201,7 @@ def end(port: int, question: dict, what: str) -> None:
 def test_train_now_takes_the_answers_so_far_and_finish_ends_the_run(tiny, tmp_path, monkeypatch):
     """Epoch 1: two of four answers, train; epoch 2 of 5: one answer, finish."""
     monkeypatch.setattr(annotate, "FAREWELL_SECONDS", 0)
+    monkeypatch.setattr(annotate, "UNDO_SECONDS", 0)
     out, port, states = tmp_path / "run", free_port(), []
     argv = new_run(tiny, out, "--objective human --epochs 5 --question 'Which is friendlier?'")
 
@@ -230,6 +232,7 @@ def test_train_now_takes_the_answers_so_far_and_finish_ends_the_run(tiny, tmp_pa
 @pytest.mark.slow
 def test_a_blind_test_may_stop_early(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(annotate, "FAREWELL_SECONDS", 0)
+    monkeypatch.setattr(annotate, "UNDO_SECONDS", 0)
     out, port = tmp_path / "run", free_port()
     sd_demo.main(new_run(tiny, out, "--objective compressibility --epochs 1"))
 
