@@ -99,19 +99,20 @@ TASTES = {
     ),
     FILE: Taste(lambda images, prompts: -size(images, prompts), labels=(448,), groups=(16, 8)),
 }
-EQ14 = "--loss eq14 --update-every timestep"
-NO_BRAKE = "--max-kl 1e9"
-BARE = f"{EQ14} --beta 0.06 --warm-up 1 --no-average-weights {NO_BRAKE}"
+EQ14 = "--loss eq14 --update-every timestep --batch-size 4"
+BARE = f"{EQ14} --beta 0.06 --warm-up 1 --replay 0 --no-average-weights --max-kl 1e9"
+SLOW = f"{EQ14} --beta 0.03 --warm-up 4 --max-kl 40"
 RECIPES = {  # flags after those of the taste
     "default": "",
-    "previous": f"{BARE} --reference previous --replay 0",
-    "Eq. 14": f"{BARE} --replay 0",
-    "Eq. 14 + memory": f"{EQ14} --replay 2",
-    "whole chain + memory": (
-        "--loss chain --update-every trajectory --beta 0.12 --lr 2e-3 --replay 4"
+    "previous": f"{BARE} --reference previous",
+    "Eq. 14": BARE,
+    "Eq. 14, slow start": f"{SLOW} --replay 0",
+    "Eq. 14 + memory": f"{SLOW} --replay 2",
+    "SFT + memory": f"{SLOW} --replay 2",
+    "best of four": (
+        "--objective tags --images-per-prompt 4 --epochs 20 --loss chain --update-every trajectory "
+        "--batch-size 1 --replay 4 --beta 0.1 --warm-up 8"
     ),
-    "SFT + memory": f"{EQ14} --replay 2",
-    "best of four": "--objective tags --images-per-prompt 4 --replay 0",
 }
 LABELS_FIRST = {  # by --labels: flags of the model that draws the images
     "labels first": "",

@@ -28,20 +28,19 @@ EMOJI_PRESETS = """
     --guidance-scale 1 --lr 1.5e-3 --beta 0.06 --no-gradient-checkpointing
     --eval-images 90 --eval-every 4
 """
-# A label is dear: small first steps, an average in place of the last weights, and a brake.
+# A label is dear: used again, small first steps, an average in place of the last weights, a brake.
 # What measured best on the emoji model: sd/results/people.md
-FEW_LABELS = "--average-weights --max-kl 40 --eval-images 16 --eval-every 1"
+CHAIN = "--loss chain --update-every trajectory --batch-size 1 --replay 4"
+FEW_LABELS = "--average-weights --max-kl 30 --eval-images 16 --eval-every 1"
 HUMAN_PRESETS = {  # few questions an epoch: a person soon sees what the clicks do
     "human": f"""
-        --epochs 20 --pairs-per-epoch 8 --images-per-prompt 2 --beta 0.03 --warm-up 4
+        {CHAIN} --epochs 20 --pairs-per-epoch 8 --images-per-prompt 2 --beta 0.1 --warm-up 8
         {FEW_LABELS}""",
     "tags": f"""
         --epochs 10 --pairs-per-epoch 8 --images-per-prompt 7 --beta 0.03 --warm-up 6 --replay 8
         {FEW_LABELS}""",
 }
-LABELS_PRESET = f"""
-    --loss chain --update-every trajectory --beta 0.06 --batch-size 1 --replay 4 {FEW_LABELS}
-"""
+LABELS_PRESET = f"{CHAIN} --beta 0.06 {FEW_LABELS}"
 LABELS_ALONE = "--epochs 4"
 # Table 2 and Sec. 5.1 (4 GPUs, 2 batches of 10 pairs each), and what the released code adds
 PAPER_RECIPE = """

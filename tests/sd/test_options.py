@@ -71,8 +71,9 @@ PRECEDENCE = {
     ],
     "beta": [
         (ANY, 0.05),
-        (HUMAN, 0.03),
-        (f"{HUMAN} --labels a.csv", 0.06),  # the whole chain's
+        (HUMAN, 0.1),
+        (TAGS, 0.03),
+        (f"{HUMAN} --labels a.csv", 0.06),
         (f"{HUMAN} {PAPER}", None),
         (f"{HUMAN} {PAPER} --beta 0.06", 0.06),
     ],
