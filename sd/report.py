@@ -6,7 +6,6 @@ from pathlib import Path
 
 from sd import run_folder
 
-SINGLE_FILE = ".safetensors"
 FIGURES = {  # file of a run -> what it shows
     "reward_curve.png": "Over the epochs.",
     "progress.png": "The same noises over the epochs; no training saw them.",
@@ -21,10 +20,12 @@ th { text-align: left; font-weight: normal; padding-right: 2rem }
 </style>"""
 
 
-def usage(args: Namespace, prompt: str, *, flow: bool) -> str:
-    """Python that loads the LoRA and draws an image as the training did; it runs as it stands."""
-    load = "from_single_file" if args.model.endswith(SINGLE_FILE) else "from_pretrained"
-    kind = "AutoPipelineForText2Image" if load == "from_pretrained" else "StableDiffusionPipeline"
+def usage(args: Namespace, prompt: str, *, pipeline: str, flow: bool) -> str:
+    """Python that loads the LoRA and draws an image as the training did; it runs as it stands.
+
+    pipeline: its class in diffusers; flow: whether it is a rectified flow, which has no eta.
+    """
+    load = "from_single_file" if args.model.endswith(".safetensors") else "from_pretrained"
     dtype = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}[args.precision]
     call = {"num_inference_steps": args.num_steps, "guidance_scale": args.guidance_scale}
     call |= {} if flow else {"eta": args.eta}
@@ -32,9 +33,9 @@ def usage(args: Namespace, prompt: str, *, flow: bool) -> str:
     settings = ", ".join(f"{name}={value!r}" for name, value in call.items())
     lines = [
         "import torch",
-        f"from diffusers import {'' if flow else 'DDIMScheduler, '}{kind}",
+        f"from diffusers import {'' if flow else 'DDIMScheduler, '}{pipeline}",
         "",
-        f"pipe = {kind}.{load}({args.model!r}, torch_dtype=torch.{dtype})",
+        f"pipe = {pipeline}.{load}({args.model!r}, torch_dtype=torch.{dtype})",
         'pipe.to("cuda" if torch.cuda.is_available() else "cpu")',
     ]
     if not flow:  # a scheduler's default for the last step is another
@@ -53,12 +54,15 @@ def usage(args: Namespace, prompt: str, *, flow: bool) -> str:
     return "\n".join(lines)
 
 
-def write(run: Path, epoch: int, prompt: str, *, flow: bool) -> None:
+def write(run: Path, epoch: int, prompt: str, *, pipeline: str, flow: bool) -> None:
     """README.md, a model card, and report.html, which needs no network, of a run."""
     args = Namespace(**{**run_folder.read_json(run / "config.json"), "out": run})
     learned = f"objective {args.objective}" if args.objective else f"labels of {args.labels}"
     title = f"LoRA for {args.model}, {learned}, {epoch} epochs of D3PO (arXiv 2311.13231)"
-    code, note = usage(args, prompt, flow=flow), "At other settings its effect was not measured."
+    code, note = (
+        usage(args, prompt, pipeline=pipeline, flow=flow),
+        "At other settings its effect was not measured.",
+    )
     rows = run_folder.read_lines(run / "metrics.jsonl")
     evaluation = run / "evaluation.json"
     result = run_folder.read_json(evaluation) if evaluation.exists() else {}
