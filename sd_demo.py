@@ -255,6 +255,7 @@ def main(argv: list[str] | None = None) -> None:
             if is_main:
                 run_folder.drop_unfinished(args.out, epochs_done, keep_labels=people)
             train(run, epochs_done, bar)
+            bar.close()
             accelerator.print(report.ending(args))
         elif is_main:
             bar.total = 2 * plan.calls_eval

@@ -87,9 +87,12 @@ def describe(cost: Cost, model: Model, args: Namespace) -> str:
             "Its --num-steps, --skip-last and --beta are those of SD 1.5; none is measured here.\n"
         )
     epoch = ""
+    if args.groups_given:
+        passes = args.passes if args.objective else args.epochs
+        epoch = f"Passes over the {args.groups_given} groups of --labels: {passes}.\n"
     if args.objective:
         again = f", and {args.replay} batches of earlier ones" if args.replay else ""
-        epoch = (
+        epoch += (
             f"Objective {args.objective}. An epoch: {args.pairs_per_epoch} groups of "
             f"{args.images_per_prompt} images, {cost.labels} labels{again};\n"
             f"Evaluations of the network: {cost.rows_sampled:,} to sample, "
