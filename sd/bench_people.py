@@ -245,6 +245,8 @@ def run(job: Job, work: Path) -> None:
         row["seconds_sample"] + row["seconds_train"]
         for row in run_folder.read_lines(out / "metrics.jsonl")
     )
+    if job.recipe in LABELS_FIRST:
+        flags = "--labels FILE --prompts animals"
     result = {"flags": flags, "seconds": seconds, "quality": judge(job, out)}
     run_folder.save_json(out / "quality.json", result)
     print(f"{job.name}: done", flush=True)
@@ -267,12 +269,15 @@ def judge(job: Job, out: Path) -> list[dict]:
         }
 
     rows = [{"labels": 0, "trained_on": 0, **look(model.reference)}]
-    if job.recipe not in LABELS_FIRST:
-        kept = {int(folder.name): folder for folder in (out / "loras").iterdir()}
-    else:
+    if job.recipe in LABELS_FIRST:
         kept = {taste.labels[-1]: out / "lora"}
-    for labels in taste.labels if len(kept) > 1 else kept:
-        trained_on = max(count for count in kept if count <= labels)
+    else:
+        kept = {int(folder.name): folder for folder in (out / "loras").glob("*")}
+    for labels in taste.labels[-1:] if job.recipe in LABELS_FIRST else taste.labels:
+        trained_on = max((count for count in kept if count <= labels), default=0)
+        if not trained_on:  # it stopped at once
+            rows.append({**rows[0], "labels": labels})
+            continue
         lora = load_file(kept[trained_on] / LORA_FILE)
         model.load_lora({name.removeprefix("unet."): value for name, value in lora.items()})
         rows.append({"labels": labels, "trained_on": trained_on, **look(model.sampler)})
@@ -305,6 +310,7 @@ def summary(results: list[dict]) -> list[dict]:
                 "failures": float(np.mean(failures)),
                 "kl": float(np.mean([row["kl"] for row in rows])),
                 "stopped": sum(row["trained_on"] < row["labels"] for row in rows),
+                "seconds": float(np.mean([result["seconds"] for result in results])),
             }
         )
     return found

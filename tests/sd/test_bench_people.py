@@ -75,10 +75,10 @@ def test_a_summary_compares_with_the_same_noises_before_training():
     before = quality([0.0, 0.0, 0.0, 0.0], bench_people.BLANK_KB + 2)
     before["labels"] = 0
     after = quality([1.0, 1.0, 0.0, -1.0], bench_people.BLANK_KB + 1, trained_on=8)
-    start, end = bench_people.summary([{"quality": [before, after]}])
+    start, end = bench_people.summary([{"quality": [before, after], "seconds": 7}])
     assert start["win_rate"] == 0.5 and start["size"] == 0 and start["stopped"] == 0
     assert end["win_rate"] == 0.625 and end["size"] == pytest.approx(-0.5)
-    assert end["stopped"] == 1 and end["failures"] == 0.75
+    assert end["stopped"] == 1 and end["failures"] == 0.75 and end["seconds"] == 7
 
 
 def test_the_committed_page_has_the_committed_numbers():
