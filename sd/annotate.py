@@ -212,7 +212,11 @@ class AnnotationServer:
                 "progress": self._progress,
                 "warnings": self._warnings,
                 "shown": [
-                    [f"/held_out/{epoch}/{n}" for n in range(SHOWN_IMAGES)]
+                    [
+                        f"/held_out/{epoch}/{n}"
+                        for n in range(SHOWN_IMAGES)
+                        if held_out_file(self.run, epoch, n).exists()
+                    ]
                     for epoch in (0, self._shown_epoch)
                     if self._shown_epoch
                 ],

@@ -104,7 +104,7 @@ class HumanFeedback(ScorerFeedback):
 
     def __init__(self, args: Namespace, prompts: list[str], accelerator: Accelerator):
         super().__init__(args, prompts, accelerator)
-        if accelerator.is_main_process:
+        if accelerator.is_main_process and not args.resume:
             listen(args.port).close()  # a taken port is said before anything is sampled
 
     def load(self, objective: str, prompts: list[str], options: dict) -> list:

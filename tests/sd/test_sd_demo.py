@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -323,14 +324,14 @@ def test_a_run_leaves_its_folder(done, tiny):
     assert set(config["initial"]) == {"eval_score", "watched"} and config["epochs"] == 2
     names = {str(path.relative_to(out)) for path in out.rglob("*") if "images" not in path.parts}
     assert names == {
-        *("config.json", "metrics.jsonl", "labels.jsonl", "README.md"),
+        *("config.json", "metrics.jsonl", "labels.jsonl", "README.md", "report.html"),
         *("reward_curve.png", "progress.png", "before_after.png"),
         *("lora", "lora/pytorch_lora_weights.safetensors", "checkpoint", "checkpoint/state.pt"),
         *("latents", "latents/e001.pt", "latents/e002.pt"),
     }
     card = (out / "README.md").read_text()
     assert "--objective" in card and "load_lora_weights" in card and "2 epochs" in card
-    pictures = [part.partition(")")[0] for part in card.split("![](")[1:]]
+    pictures = re.findall(r"!\[.*?\]\((.*?)\)", card)
     assert len(pictures) == 2 and all((out / name).is_file() for name in pictures)
 
 
@@ -509,7 +510,8 @@ def test_an_epoch_of_ties_trains_nothing_and_goes_on(tiny, scorers, tmp_path, no
 
 def test_evaluation_compares_with_the_initial_model_on_new_noises(done, tiny, tmp_path, capsys):
     out = shutil.copytree(done[0], tmp_path / "run")
-    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    reports = {out / "README.md", out / "report.html"}  # where the result is added
+    before = {path: path.read_bytes() for path in {*out.rglob("*")} - reports if path.is_file()}
     sd_demo.main(["--evaluate", str(out), "--eval-images", "5"])
     assert {path: path.read_bytes() for path in before} == before
     assert (out / "evaluation.png").read_bytes().startswith(b"\x89PNG")
