@@ -34,10 +34,9 @@ from starlette.routing import Route
 from tqdm import tqdm
 
 from sd import labels
-from sd.figures import held_out_file
+from sd.figures import NUM_FIGURE_IMAGES, held_out_file
 from sd.run_folder import Stream, generator, save_lines
 
-SHOWN_IMAGES = 8  # before and now
 PORTS = range(7860, 7960)  # tried in turn where no port is given
 MAX_REQUEST_BYTES = 10_000  # far more than an answer needs
 FAREWELL = "The run has finished. You can close this page."
@@ -79,7 +78,7 @@ class AnnotationServer:
         self.run, self.annotators, self.seed, self.port = run, annotators, seed, port
         self.file, self.url, self.kappa = run / "labels.jsonl", None, math.nan
         self.guide, self.finished, self._progress = guide, False, {}
-        self._shown_epoch, self._warnings = 0, []
+        self._shown, self._warnings = [], []  # addresses of images before and now
         self._server = self._thread = None
         self._changed = threading.Condition()  # guards the three below
         self._questions: dict[str, Question] = {}  # by id, in order
@@ -120,7 +119,14 @@ class AnnotationServer:
         with self._changed:
             self._status, self._warnings = text, list(warnings)
             if epoch is not None:
-                self._shown_epoch = epoch
+                self._shown = [
+                    [
+                        f"/held_out/{number}/{n}"
+                        for n in range(NUM_FIGURE_IMAGES)
+                        if held_out_file(self.run, number, n).exists()
+                    ]
+                    for number in (0, epoch)
+                ]
 
     def close(self, farewell: str = FAREWELL) -> None:
         """Tell open pages how the run has ended, and serve no more."""
@@ -171,7 +177,7 @@ class AnnotationServer:
             Route("/", page, methods=["GET"]),  # and HEAD
             Route("/state", self._get_state),
             Route("/images/{id}/{k}", self._get_image),
-            Route("/held_out/{epoch:int}/{n:int}", self._get_held_out),
+            Route("/held_out/{epoch:int}/{number:int}", self._get_held_out),
             Route("/answer", self._post_answer, methods=["POST"]),
             Route("/undo", self._post_undo, methods=["POST"]),
             Route("/end", self._post_end, methods=["POST"]),
@@ -199,8 +205,9 @@ class AnnotationServer:
                     answer = {"answered": name in answers, "answer": answers.get(name)}
                     asked.append({**question, "kind": labels.answer_field(row), **answer})
             is_open = any(not question["answered"] for question in asked) and (name or not several)
+            is_last = self._is_last(name)
             wait = f"Thank you. Others have {self._missing()} answers to give."
-            if self._is_last(name):
+            if is_last:
                 wait = "Thank you. Training starts in a moment."
             state = {
                 "questions": asked if is_open else [],
@@ -208,35 +215,20 @@ class AnnotationServer:
                 "ended": self._ended,
                 "named": several,
                 "guide": self.guide,
-                "last": next(reversed(self._questions)) if self._is_last(name) else None,
+                "last": next(reversed(self._questions)) if is_last else None,
                 "progress": self._progress,
                 "warnings": self._warnings,
-                "shown": [
-                    [
-                        f"/held_out/{epoch}/{n}"
-                        for n in range(SHOWN_IMAGES)
-                        if held_out_file(self.run, epoch, n).exists()
-                    ]
-                    for epoch in (0, self._shown_epoch)
-                    if self._shown_epoch
-                ],
+                "shown": self._shown,
             }
         return JSONResponse(state, headers={"Cache-Control": "no-store"})
 
     async def _get_image(self, request: Request):
         images = self._find_question(request.path_params["id"]).row["images"]
         files = {str(k): self.run / image for k, image in enumerate(images)}
-        file = files.get(request.path_params["k"])
-        if file is None or not file.is_file():
-            raise HTTPError(404, "there is no such image")
-        return FileResponse(file, media_type="image/png", headers={"Cache-Control": "private"})
+        return image_response(files.get(request.path_params["k"]))
 
     async def _get_held_out(self, request: Request):
-        epoch, n = (request.path_params[name] for name in ("epoch", "n"))
-        file = held_out_file(self.run, epoch, n)
-        if not file.is_file():
-            raise HTTPError(404, "there is no such image")
-        return FileResponse(file, media_type="image/png", headers={"Cache-Control": "private"})
+        return image_response(held_out_file(self.run, **request.path_params))
 
     async def _post_answer(self, request: Request):
         """Keep an answer: it is on disk when the reply goes out."""
@@ -250,11 +242,8 @@ class AnnotationServer:
                 raise HTTPError(400, "say your name first")
             if problem := labels.validate_answer(question.row, answer):
                 raise HTTPError(400, problem)
-            field = labels.answer_field(question.row)
-            annotator = {} if name is None else {"annotator": name}
-            left = {"left": question.left} if field == "h" else {}
-            append_safely(self.file, {**question.row, field: answer, **annotator, **left})
-            question.answers[name] = answer
+            left = {"left": question.left} if labels.answer_field(question.row) == "h" else {}
+            self._keep(question, name, answer, **left)
             self._changed.notify_all()
         return JSONResponse({"saved": True})
 
@@ -266,15 +255,18 @@ class AnnotationServer:
         with self._changed:
             self._find_question(sent.get("id"))  # of a stale page it is not asked now
             for question in self._questions.values():
-                field = labels.answer_field(question.row)
                 for missing in range(self.annotators - len(question.answers)):
                     name = f"(nobody {missing + 1})" if self.annotators > 1 else None
-                    annotator = {} if name is None else {"annotator": name}
-                    append_safely(self.file, {**question.row, field: None, **annotator})
-                    question.answers[name] = None
+                    self._keep(question, name, None)
             self.finished, self._hurry = sent["end"] == "run", True
             self._changed.notify_all()
         return JSONResponse({"ended": True})
+
+    def _keep(self, question: Question, name: str | None, answer, **more) -> None:
+        annotator = {} if name is None else {"annotator": name}
+        field = labels.answer_field(question.row)
+        append_safely(self.file, {**question.row, field: answer, **annotator, **more})
+        question.answers[name] = answer
 
     async def _post_undo(self, request: Request):
         sent = await read_json(request)
@@ -321,6 +313,12 @@ class SameOriginMiddleware:
         foreign = any(origin != own for origin in headers.getlist("origin"))
         refusal = JSONResponse({"error": "requests of other sites are refused"}, 403)
         await (refusal if foreign else self.app)(scope, receive, send)
+
+
+def image_response(file: Path | None) -> FileResponse:
+    if file is None or not file.is_file():
+        raise HTTPError(404, "there is no such image")
+    return FileResponse(file, media_type="image/png", headers={"Cache-Control": "private"})
 
 
 async def error_response(request: Request, error: HTTPError):

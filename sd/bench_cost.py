@@ -16,7 +16,6 @@ Writes --out, and beside it the tables of the page (.md), between its two marks,
 SD 1.5's memory (.png). What other machines wrote stays.
 """
 
-import argparse
 import copy
 import os
 import platform
@@ -55,6 +54,7 @@ from transformers import CLIPTextModel
 import d3po
 import sd_demo
 from sd import model, options, run_folder
+from sd.bench import make_parser, write_between
 from sd.memory import LabelledBatch
 from sd.model import PipelinePolicy
 from sd.pipeline import DTYPES
@@ -619,21 +619,13 @@ def machine_name() -> str:
 def write(results: dict, out: Path) -> None:
     """The numbers, and beside them their figure, and their tables in the page."""
     run_folder.save_json(out, results)
-    page = out.with_suffix(".md")
-    text = page.read_text() if page.exists() else MARK + MARK
-    before, _, after = text.split(MARK)
-    run_folder.save_text(page, before + MARK + tables(results) + MARK + after)
+    write_between(out.with_suffix(".md"), MARK, tables(results))
     for memory in (part["memory"] for part in results.values() if "memory" in part):
         draw_memory(memory, out.with_suffix(".png"))
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m sd.bench_cost",
-        description=__doc__.splitlines()[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = make_parser("sd.bench_cost", __doc__.splitlines()[0])
     positive = options.positive(int)
     parser.add_argument("--rounds", type=positive, default=7, help="timed rounds of each race")
     parser.add_argument("--out", type=Path, default=RESULTS / "cost.json", help="a JSON file")

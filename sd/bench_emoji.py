@@ -7,7 +7,6 @@ sd/results: emoji_runs.json, the table of the page emoji_runs.md between its two
 of the page, and the LoRA of the default run.
 """
 
-import argparse
 import os
 import shutil
 import subprocess
@@ -16,12 +15,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from matplotlib.figure import Figure
-from PIL import Image
 
 from sd import run_folder
+from sd.bench import make_parser, size_change, write_between
 from sd.model import LORA_FILE
 from sd.options import positive
-from sd.scorers import jpeg_kb
 
 RESULTS = run_folder.ROOT / "sd" / "results"
 MARK = "<!-- python -m sd.bench_emoji writes what is between these two lines -->\n"
@@ -62,7 +60,6 @@ HEADS = (
     "animals right",
     "KL",
 )
-BLANK_KB = jpeg_kb(Image.new("RGB", (64, 64), "white"))
 
 
 def folder_of(work: Path, name: str) -> Path:
@@ -101,11 +98,6 @@ def summary(name: str, out: Path) -> dict:
         "epochs": [{key: row[key] for key in keys} for row in evaluated],
         "evaluation": run_folder.read_json(out / "evaluation.json"),
     }
-
-
-def size_change(score: float, initial: float) -> float:
-    """Relative change of the size above a blank image's; scores are kB, or minus kB."""
-    return (abs(score) - BLANK_KB) / (abs(initial) - BLANK_KB) - 1
 
 
 def cells(name: str, result: dict) -> list[str]:
@@ -152,19 +144,12 @@ def draw_frontier(results: dict, path: Path) -> None:
 def write(results: dict, folder: Path) -> None:
     """The numbers, their table in the page beside them, and their figure."""
     run_folder.save_json(folder / "emoji_runs.json", results)
-    page = folder / "emoji_runs.md"
-    before, _, after = page.read_text().split(MARK)
-    run_folder.save_text(page, before + MARK + table(results) + MARK + after)
+    write_between(folder / "emoji_runs.md", MARK, table(results))
     draw_frontier(results, folder / "emoji_frontier.png")
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m sd.bench_emoji",
-        description=__doc__.splitlines()[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = make_parser("sd.bench_emoji", __doc__.splitlines()[0])
     runs, at_a_time = run_folder.ROOT / "runs" / "bench_emoji", "runs at a time, one core each"
     parser.add_argument("--work", type=Path, default=runs, help="folder of the runs")
     parser.add_argument("--processes", type=positive(int), default=2, help=at_a_time)

@@ -9,7 +9,6 @@ taste itself without its noise, by a network that knows the animals, and by the 
 model. Writes into sd/results: people.json, the tables of people.md, and two figures.
 """
 
-import argparse
 import shutil
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -28,6 +27,7 @@ from torch import Tensor
 
 import sd_demo
 from sd import options, run_folder
+from sd.bench import make_parser, size_change, write_between
 from sd.feedback import HumanFeedback
 from sd.labels import pareto_preference
 from sd.metrics import win_rate
@@ -49,7 +49,6 @@ from toy.emoji_sd.render import NAMES, render
 RESULTS = run_folder.ROOT / "sd" / "results"
 MARK = "<!-- python -m sd.bench_people writes what is between these two lines -->\n"
 RENDERINGS = "renderings"  # images of no model
-BLANK_KB = jpeg_kb(Image.new("RGB", (64, 64), "white"))
 NOISE_KB = 0.2  # Gumbel noise on what a person thinks of an image
 BROKEN_KB = 3  # a broken animal is worse than any ground
 
@@ -296,7 +295,7 @@ def summary(results: list[dict]) -> list[dict]:
         for row, before in zip(rows, initial, strict=True):
             h = pareto_preference(torch.tensor([row["scores"]]), torch.tensor([before["scores"]]))
             wins.append(win_rate(h)["win_rate"])
-            sizes.append((row["kb"] - BLANK_KB) / (before["kb"] - BLANK_KB) - 1)
+            sizes.append(size_change(row["kb"], before["kb"]))
         animals = [row["animals"] for row in rows]
         failures = [1 - np.mean(row["scores"]) for row in rows]
         found.append(
@@ -375,9 +374,7 @@ def write(jobs: list[Job], work: Path, folder: Path) -> None:
         for (taste, recipe), rows in found.items()
     ]
     run_folder.save_json(folder / "people.json", {"runs": content})
-    page = folder / "people.md"
-    before, _, after = page.read_text().split(MARK)
-    run_folder.save_text(page, before + MARK + table(found) + MARK + after)
+    write_between(folder / "people.md", MARK, table(found))
     draw(found, folder / "people.png")
     shown = work / Job("warm", "default", 0).name / "progress.png"
     if shown.exists():
@@ -385,12 +382,7 @@ def write(jobs: list[Job], work: Path, folder: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m sd.bench_people",
-        description=__doc__.splitlines()[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = make_parser("sd.bench_people", __doc__.splitlines()[0])
     work, recipes = run_folder.ROOT / "runs" / "bench_people", [*RECIPES, *LABELS_FIRST]
     count = options.positive(int)
     parser.add_argument("--tastes", nargs="+", choices=TASTES, default=[*TASTES], help="who")

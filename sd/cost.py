@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from diffusers import StableDiffusionPipeline
 
-from sd.label_files import EPOCH_GROUPS
+from sd.label_files import EPOCH_GROUPS, passes_over_given
 from sd.model import Model
 from sd.pipeline import PRESETS
 
@@ -88,7 +88,7 @@ def describe(cost: Cost, model: Model, args: Namespace) -> str:
         )
     epoch = ""
     if args.groups_given:
-        passes = args.passes if args.objective else args.epochs
+        passes = passes_over_given(args)
         epoch = f"Passes over the {args.groups_given} groups of --labels: {passes}.\n"
     if args.objective:
         again = f", and {args.replay} batches of earlier ones" if args.replay else ""

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from sd import figures, run_folder
 from sd.annotate import FAREWELL, AnnotationServer, listen
-from sd.label_files import epochs_of_pass
+from sd.label_files import epochs_given
 from sd.labels import Label, LabelError, pareto_preference, read_labels
 from sd.metrics import EvalResult, warnings, win_rate, win_rate_vs_reference
 from sd.model import Batch, Model, PipelinePolicy, sample_held_out
@@ -122,7 +122,7 @@ class HumanFeedback(ScorerFeedback):
         self.server = self.server or AnnotationServer(
             args.out, args.annotators, args.seed, port=args.port, guide=args.question
         )
-        epoch = rows[0]["epoch"] - args.passes * epochs_of_pass(args.groups_given)
+        epoch = rows[0]["epoch"] - epochs_given(args)
         total, before = args.epochs * len(rows), (epoch - 1) * len(rows)
         progress = {"epoch": epoch, "epochs": args.epochs, "before": before, "total": total}
         answered = self.server.ask(rows, progress)

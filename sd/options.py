@@ -15,7 +15,7 @@ import torch
 
 from sd import run_folder
 from sd.cost import Cost
-from sd.label_files import epochs_of_pass
+from sd.label_files import epochs_given
 from sd.pipeline import DTYPES, PRESETS, pipeline_name
 from sd.scorers import AESTHETIC_HEAD, CLIP
 
@@ -288,12 +288,6 @@ def check(args: Namespace) -> None:
     for message, wrong in problems.items():
         if wrong:
             raise ValueError(message)
-
-
-def epochs_given(args: Namespace) -> int:
-    """The epochs, the first ones, that sample nothing and train on the images of --labels."""
-    passes = args.passes if args.objective else args.epochs
-    return passes * epochs_of_pass(args.groups_given)
 
 
 def last_epoch(args: Namespace) -> int:

@@ -25,6 +25,7 @@ FLOORS = {
     "sd.cost": 3,
     "sd.options": 4,
     "sd.report": 2,
+    "sd.bench": 2,
     "sd.run": 4,
     "sd_demo": 5,
 }

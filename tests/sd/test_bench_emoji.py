@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from sd import bench_emoji, options
+from sd import bench, bench_emoji, options
 
 
 def test_the_committed_page_has_the_committed_numbers():
@@ -30,10 +30,10 @@ def test_the_committed_runs_have_the_defaults_of_today():
 
 
 def test_sizes_are_compared_above_that_of_a_blank_image():
-    assert bench_emoji.BLANK_KB == pytest.approx(0.69, abs=0.005)
-    small, large = bench_emoji.BLANK_KB + 1, bench_emoji.BLANK_KB + 1.5
-    assert bench_emoji.size_change(large, small) == pytest.approx(0.5)
-    assert bench_emoji.size_change(-small, -large) == pytest.approx(-1 / 3)
+    assert bench.BLANK_KB == pytest.approx(0.69, abs=0.005)
+    small, large = bench.BLANK_KB + 1, bench.BLANK_KB + 1.5
+    assert bench.size_change(large, small) == pytest.approx(0.5)
+    assert bench.size_change(-small, -large) == pytest.approx(-1 / 3)
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ from PIL import Image
 from sd_helpers import read_rows
 
 from sd import bench_people, options
+from sd.bench import BLANK_KB
 from sd.bench_people import FILE, TASTES, Job, SimulatedPerson, Taste
 
 PLAIN = bench_people.RESULTS / "people.json"
@@ -72,9 +73,9 @@ def test_a_summary_compares_with_the_same_noises_before_training():
         row = {"scores": scores, "kb": kb, "animals": 0.5, "kl": 2.0, "trained_on": trained_on}
         return {**row, "labels": 0 if kb == 2.69 else 16}
 
-    before = quality([0.0, 0.0, 0.0, 0.0], bench_people.BLANK_KB + 2)
+    before = quality([0.0, 0.0, 0.0, 0.0], BLANK_KB + 2)
     before["labels"] = 0
-    after = quality([1.0, 1.0, 0.0, -1.0], bench_people.BLANK_KB + 1, trained_on=8)
+    after = quality([1.0, 1.0, 0.0, -1.0], BLANK_KB + 1, trained_on=8)
     start, end = bench_people.summary([{"quality": [before, after], "seconds": 7}])
     assert start["win_rate"] == 0.5 and start["size"] == 0 and start["stopped"] == 0
     assert end["win_rate"] == 0.625 and end["size"] == pytest.approx(-0.5)
