@@ -116,11 +116,11 @@ def train(run: Run, epochs_done: int, bar: tqdm) -> None:
                 figures.draw_run(args.out)
                 run.save(epoch)
                 memory.drop_batches()
-                run.feedback.status(f"Sampling, epoch {epoch + 1}", row)
+                run.feedback.status(f"Sampling, epoch {epoch + 1}")
         (stop,) = broadcast_object_list([stop])
         if stop:
             break
-    run.feedback.close()
+    run.feedback.close(run.code())
 
 
 def sample_epoch(run: Run, epoch: int) -> list[Batch]:

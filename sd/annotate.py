@@ -1,15 +1,19 @@
 """The labelling page: people answer the questions of a run in a browser, on this machine only.
 
+All addresses begin with http://127.0.0.1:PORT/TOKEN:
+
     GET  /                 the page, annotate.html
     GET  /state?name=Ann   what Ann is asked, what she answered, and what the run is doing
-    GET  /images/ID/K      image K of a question that is asked now
+    GET  /images/KEY/K     image K of a question that is asked now
     GET  /held_out/E/N     image N of the same prompts and noises, after epoch E (0: before)
     POST /answer           {"id": ID, "name": "Ann" or null, "answer": as in sd/labels.py}
     POST /undo             {"id": ID, "name": as above}: take the last answer back before training
     POST /end              {"id": ID of a question, "end": "questions" or "run"}: skip what is left
 
-The server listens on 127.0.0.1. What a page of another site sends is refused, under its own name
-(Origin, against CSRF) and under a name that leads here (Host, against DNS rebinding).
+ID is KEY and how often this person's answer has changed, so that a page that is behind is refused.
+The server listens on 127.0.0.1. Who lacks the token, another user of the machine say, is refused,
+and so is what a page of another site sends, under its own name (Origin, against CSRF) and under a
+name that leads here (Host, against DNS rebinding).
 """
 
 import json
@@ -19,7 +23,7 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Sequence
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,10 +39,12 @@ from tqdm import tqdm
 
 from sd import labels
 from sd.figures import NUM_FIGURE_IMAGES, held_out_file
-from sd.run_folder import Stream, generator, save_lines
+from sd.run_folder import Stream, generator, read_lines, save_lines
 
 PORTS = range(7860, 7960)  # tried in turn where no port is given
 MAX_REQUEST_BYTES = 10_000  # far more than an answer needs
+TOKEN_FILE = "token"  # in the run folder, for its owner's eyes; a page outlives a restart
+NOBODY = "(nobody"  # stands for a person whose answer was not waited for
 FAREWELL = "The run has finished. You can close this page."
 UNDO_SECONDS = 4  # between the last answer and training
 FAREWELL_SECONDS = 1.5  # open pages ask once a second, and learn that the run has ended
@@ -50,6 +56,7 @@ SECURITY_HEADERS = [  # of every response, errors too
     ("Content-Security-Policy", CONTENT_POLICY),
     ("Cross-Origin-Resource-Policy", "same-origin"),
     ("X-Content-Type-Options", "nosniff"),
+    ("Referrer-Policy", "no-referrer"),
 ]
 
 
@@ -57,6 +64,7 @@ class Question(NamedTuple):
     row: dict  # line of labels.jsonl whose answer is null
     left: int  # which of two images stands on the left
     answers: dict  # by annotator
+    changes: Counter  # of each annotator's answer, since this start
 
 
 class AnnotationServer:
@@ -78,7 +86,7 @@ class AnnotationServer:
         self.run, self.annotators, self.seed, self.port = run, annotators, seed, port
         self.file, self.url, self.kappa = run / "labels.jsonl", None, math.nan
         self.guide, self.finished, self._progress = guide, False, {}
-        self._shown, self._warnings = [], []  # addresses of images before and now
+        self._story, self._code = {}, None
         self._server = self._thread = None
         self._changed = threading.Condition()  # guards the three below
         self._questions: dict[str, Question] = {}  # by id, in order
@@ -108,32 +116,27 @@ class AnnotationServer:
         if field == "bad":  # each image is an item to agree on
             votes = [list(image) for tags in votes for image in zip(*tags, strict=True)]
         self.kappa = labels.fleiss_kappa(votes)
-        rows = zip(questions, answers, strict=True)
-        return [{**row, field: labels.majority(row, list(given.values()))} for row, given in rows]
+        rows = [
+            {**row, field: labels.majority(row, list(given.values()))}
+            for row, given in zip(questions, answers, strict=True)
+        ]
+        if self.annotators > 1 and not any(map(labels.has_preference, rows)):
+            words = "you agree on no question, so there is nothing to train on"
+            self.status(f"Epoch {rows[0]['epoch']}: {words}")
+            tqdm.write(self._status)
+        return rows
 
-    def status(self, text: str, epoch: int | None = None, warnings: Sequence[str] = ()) -> None:
-        """What the page says while it has no question.
-
-        epoch: the last whose held-out images there are, to compare with those before training.
-        """
+    def status(self, text: str) -> None:
+        """What the page says while it has no question, beside what the run has shown so far."""
         with self._changed:
-            self._status, self._warnings = text, list(warnings)
-            if epoch is not None:
-                self._shown = [
-                    [
-                        f"/held_out/{number}/{n}"
-                        for n in range(NUM_FIGURE_IMAGES)
-                        if held_out_file(self.run, number, n).exists()
-                    ]
-                    for number in (0, epoch)
-                ]
+            self._status, self._story = text, read_story(self.run)
 
-    def close(self, farewell: str = FAREWELL) -> None:
-        """Tell open pages how the run has ended, and serve no more."""
+    def close(self, farewell: str = FAREWELL, code: str | None = None) -> None:
+        """Tell open pages how the run has ended, with code that uses it, and serve no more."""
         if self._server is not None:
+            self.status(farewell)
             with self._changed:
-                self._status = farewell
-                self._ended = True
+                self._code, self._ended = code, True
             time.sleep(FAREWELL_SECONDS)
             self._server.should_exit = True
             self._thread.join()
@@ -146,11 +149,14 @@ class AnnotationServer:
             file.truncate(len(labels.whole_lines(self.file)))
         sides = generator(self.seed, Stream.SIDES, epoch)
         left = torch.randint(2, (len(questions),), generator=sides).tolist()
-        asked = [Question(*parts) for parts in zip(questions, left, answers, strict=True)]
+        asked = [
+            Question(*parts, Counter()) for parts in zip(questions, left, answers, strict=True)
+        ]
         start = secrets.token_hex(8)  # a page of an earlier start cannot answer in this one
         with self._changed:
             self._questions = {f"{start}-{n}": question for n, question in enumerate(asked)}
         self._open()
+        self.status("")
         people = f"{self.annotators} to answer at {self.url}"
         tqdm.write(f"Epoch {epoch}: {len(questions)} questions for {people}")
         with self._changed:
@@ -171,12 +177,13 @@ class AnnotationServer:
             return
         listener = listen(self.port)
         port = listener.getsockname()[1]
-        self.url = f"http://127.0.0.1:{port}/"
+        token = read_token(self.run / TOKEN_FILE)
+        self.url = f"http://127.0.0.1:{port}/{token}/"
         page = HTMLResponse(Path(__file__).with_name("annotate.html").read_bytes())
         routes = [
             Route("/", page, methods=["GET"]),  # and HEAD
             Route("/state", self._get_state),
-            Route("/images/{id}/{k}", self._get_image),
+            Route("/images/{key}/{k}", self._get_image),
             Route("/held_out/{epoch:int}/{number:int}", self._get_held_out),
             Route("/answer", self._post_answer, methods=["POST"]),
             Route("/undo", self._post_undo, methods=["POST"]),
@@ -184,7 +191,7 @@ class AnnotationServer:
         ]
         app = Starlette(routes=routes, exception_handlers={HTTPError: error_response})
         app.router.redirect_slashes = False
-        app.add_middleware(SameOriginMiddleware)
+        app.add_middleware(GuardMiddleware, token=token)
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost"])
         http = {"http": "h11", "ws": "none", "lifespan": "off"}  # h11 refuses two Host headers
         quiet = {"log_config": None, "log_level": "error", "timeout_graceful_shutdown": 1}
@@ -198,10 +205,11 @@ class AnnotationServer:
         name = self._check_name(request.query_params.get("name") or None)
         several, asked = self.annotators > 1, []
         with self._changed:
-            for key, (row, left, answers) in self._questions.items():
+            for key, (row, left, answers, changes) in self._questions.items():
                 if name in answers or len(answers) < self.annotators:
-                    images = [f"/images/{key}/{k}" for k in range(len(row["images"]))]
-                    question = {"id": key, "prompt": row["prompt"], "images": images, "left": left}
+                    images = [f"images/{key}/{k}" for k in range(len(row["images"]))]
+                    question = {"id": f"{key}-{changes[name]}", "prompt": row["prompt"]}
+                    question |= {"images": images, "left": left}
                     answer = {"answered": name in answers, "answer": answers.get(name)}
                     asked.append({**question, "kind": labels.answer_field(row), **answer})
             is_open = any(not question["answered"] for question in asked) and (name or not several)
@@ -215,15 +223,15 @@ class AnnotationServer:
                 "ended": self._ended,
                 "named": several,
                 "guide": self.guide,
-                "last": next(reversed(self._questions)) if is_last else None,
+                "last": self._id(next(reversed(self._questions)), name) if is_last else None,
                 "progress": self._progress,
-                "warnings": self._warnings,
-                "shown": self._shown,
+                "code": self._code,
+                **self._story,
             }
         return JSONResponse(state, headers={"Cache-Control": "no-store"})
 
     async def _get_image(self, request: Request):
-        images = self._find_question(request.path_params["id"]).row["images"]
+        images = self._find_question(request.path_params["key"]).row["images"]
         files = {str(k): self.run / image for k, image in enumerate(images)}
         return image_response(files.get(request.path_params["k"]))
 
@@ -236,16 +244,16 @@ class AnnotationServer:
         if not isinstance(sent, dict) or sent.keys() != {"id", "name", "answer"}:
             raise HTTPError(400, "send an object of id, name and answer")
         with self._changed:
-            question = self._find_question(sent["id"])
             name, answer = self._check_name(sent["name"]), sent["answer"]
             if name is None and self.annotators > 1:
                 raise HTTPError(400, "say your name first")
+            key, question = self._find_answerable(sent["id"], name)
             if problem := labels.validate_answer(question.row, answer):
                 raise HTTPError(400, problem)
             left = {"left": question.left} if labels.answer_field(question.row) == "h" else {}
             self._keep(question, name, answer, **left)
             self._changed.notify_all()
-        return JSONResponse({"saved": True})
+            return JSONResponse({"saved": True, "id": self._id(key, name)})
 
     async def _post_end(self, request: Request):
         """Skip what is not answered: "Train now"; and let the run end after it: "Finish"."""
@@ -253,10 +261,10 @@ class AnnotationServer:
         if not isinstance(sent, dict) or sent.get("end") not in ("questions", "run"):
             raise HTTPError(400, 'send an object of id and end: "questions" or "run"')
         with self._changed:
-            self._find_question(sent.get("id"))  # of a stale page it is not asked now
+            self._find_question(str(sent.get("id")).rpartition("-")[0])
             for question in self._questions.values():
                 for missing in range(self.annotators - len(question.answers)):
-                    name = f"(nobody {missing + 1})" if self.annotators > 1 else None
+                    name = f"{NOBODY} {missing + 1})" if self.annotators > 1 else None
                     self._keep(question, name, None)
             self.finished, self._hurry = sent["end"] == "run", True
             self._changed.notify_all()
@@ -267,13 +275,17 @@ class AnnotationServer:
         field = labels.answer_field(question.row)
         append_safely(self.file, {**question.row, field: answer, **annotator, **more})
         question.answers[name] = answer
+        question.changes[name] += 1
 
     async def _post_undo(self, request: Request):
         sent = await read_json(request)
         if not isinstance(sent, dict) or sent.keys() != {"id", "name"}:
             raise HTTPError(400, "send an object of id and name")
         with self._changed:
-            self._find_question(sent["id"]).answers.pop(self._check_name(sent["name"]), None)
+            name = self._check_name(sent["name"])
+            _, question = self._find_answerable(sent["id"], name)
+            question.answers.pop(name, None)
+            question.changes[name] += 1
             self._changed.notify_all()
         return JSONResponse({"undone": True})
 
@@ -282,10 +294,22 @@ class AnnotationServer:
         answered = [name in question.answers for question in self._questions.values()]
         return bool(answered) and answered[-1] and self._missing() == 0
 
-    def _find_question(self, key) -> Question:
+    def _id(self, key: str, name: str | None) -> str:
+        return f"{key}-{self._questions[key].changes[name]}"
+
+    def _find_answerable(self, id, name: str | None) -> tuple[str, Question]:
+        """A question by its ID, and its KEY. Raises HTTPError where this person's has changed."""
+        key = str(id).rpartition("-")[0]
+        question = self._find_question(key)
+        if id != self._id(key, name):
+            raise HTTPError(409, "This was answered on another page: here is what it says now.")
+        return key, question
+
+    def _find_question(self, key: str) -> Question:
         with self._changed:
-            if not isinstance(key, str) or key not in self._questions:
-                raise HTTPError(409, "this question is not asked now")
+            if key not in self._questions:
+                late = "This answer came too late: training has begun without it. Thank you!"
+                raise HTTPError(409, late)
             return self._questions[key]
 
     def _check_name(self, name) -> str | None:
@@ -297,22 +321,68 @@ class AnnotationServer:
             raise HTTPError(400, "one person labels this run, without a name")
         name = " ".join(name.split())
         with self._changed:  # "ann " is Ann
-            known = [n for q in self._questions.values() for n in q.answers if n is not None]
-        return {n.casefold(): n for n in known}.get(name.casefold(), name)
+            given = [n for q in self._questions.values() for n in q.answers]
+        known = {n.casefold(): n for n in given if not n.startswith(NOBODY)}
+        if name.casefold() not in known and len(known) >= self.annotators:
+            people = ", ".join(sorted(known.values()))
+            raise HTTPError(403, f"All {self.annotators} places are taken, by {people}. Thank you!")
+        return known.get(name.casefold(), name)
 
 
-class SameOriginMiddleware:
-    """Refuses what a page of another site sends: a browser puts that site's name into Origin."""
+class GuardMiddleware:
+    """Refuses who lacks the token, and what a page of another site sends.
 
-    def __init__(self, app):
-        self.app = app
+    A browser puts that site's name into Origin. The token is taken off the path.
+    """
+
+    def __init__(self, app, token: str):
+        self.app, self.token = app, token.encode()
 
     async def __call__(self, scope, receive, send):
         headers = Request(scope).headers
         own = f"http://{headers['host']}"
-        foreign = any(origin != own for origin in headers.getlist("origin"))
-        refusal = JSONResponse({"error": "requests of other sites are refused"}, 403)
-        await (refusal if foreign else self.app)(scope, receive, send)
+        token, slash, path = scope["path"].removeprefix("/").partition("/")
+        refusal = None
+        if not secrets.compare_digest(token.encode(), self.token) or not slash:
+            refusal = "open the whole address that the program printed: it has a token"
+        if any(origin != own for origin in headers.getlist("origin")):
+            refusal = "requests of other sites are refused"
+        if refusal:
+            await JSONResponse({"error": refusal}, 403)(scope, receive, send)
+        else:
+            await self.app({**scope, "path": f"/{path}"}, receive, send)
+
+
+def read_token(file: Path) -> str:
+    """The secret part of the page's address, made once a run. Only the user may read the file."""
+    if not file.exists():
+        with open(os.open(file, os.O_CREAT | os.O_WRONLY, 0o600), "w") as opened:
+            opened.write(secrets.token_urlsafe(16))
+    return file.read_text()
+
+
+def read_story(run: Path) -> dict:
+    """What a run has shown so far, for its page.
+
+    shown: addresses of held-out images before and now; agreement: [epoch, share of its answers
+    that the model would have given before it was trained on them]; warnings of the last epoch.
+    """
+    rows = read_lines(run / "metrics.jsonl")
+    drawn = [row["epoch"] for row in rows if held_out_file(run, row["epoch"], 0).exists()]
+    shown = [
+        [
+            f"held_out/{epoch}/{n}"
+            for n in range(NUM_FIGURE_IMAGES)
+            if held_out_file(run, epoch, n).exists()
+        ]
+        for epoch in ((0, drawn[-1]) if drawn else ())
+    ]
+    known = [[row["epoch"], row["accuracy"]] for row in rows if row["accuracy"] is not None]
+    return {
+        "shown": shown,
+        "agreement": known,
+        "warnings": rows[-1].get("warnings", []) if rows else [],
+    }
 
 
 def image_response(file: Path | None) -> FileResponse:

@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
-from itertools import product
+from itertools import combinations, product
 from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
@@ -152,7 +152,10 @@ class SimulatedPerson(HumanFeedback):
             bad = np.arange(len(scores)) != best
         return {**row, "bad": bad.tolist()}
 
-    def status(self, text: str, row: dict) -> None:
+    def pairs_of_group(self, group: range) -> list[tuple[int, int]]:
+        return list(combinations(group, 2))  # who labels files has time
+
+    def status(self, text: str) -> None:
         folder = self.args.out / "loras" / str(self.clicks)
         folder.mkdir(parents=True)
         shutil.copy(self.args.out / "lora" / LORA_FILE, folder)

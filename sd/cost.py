@@ -7,6 +7,7 @@ from typing import NamedTuple
 from diffusers import StableDiffusionPipeline
 
 from sd.label_files import EPOCH_GROUPS, passes_over_given
+from sd.labels import pairs_of_group
 from sd.model import Model
 from sd.pipeline import PRESETS
 
@@ -59,7 +60,7 @@ def estimate(model: Model, args: Namespace, processes: int) -> Cost:
         memory += maps * first_map * network.dtype.itemsize
 
     return Cost(
-        labels=groups if args.objective == "tags" else groups * K * (K - 1) // 2,
+        labels=groups * labels_of_group(args.objective, K),
         rows_sampled=rows * T,
         rows_without_gradient=rows_trained * without_gradient,
         rows_with_gradient=rows_trained * trained,
@@ -70,6 +71,13 @@ def estimate(model: Model, args: Namespace, processes: int) -> Cost:
         memory_gb=memory / 1e9,
         memory_known=known,
     )
+
+
+def labels_of_group(objective: str | None, K: int) -> int:
+    """Questions about a group of K images, or comparisons of its scores."""
+    if objective == "tags":
+        return 1
+    return len(pairs_of_group(range(K))) if objective == "human" else K * (K - 1) // 2
 
 
 def describe(cost: Cost, model: Model, args: Namespace) -> str:

@@ -16,9 +16,9 @@ from tqdm import tqdm
 from sd import figures, run_folder
 from sd.annotate import FAREWELL, AnnotationServer, listen
 from sd.label_files import epochs_given
-from sd.labels import Label, LabelError, pareto_preference, read_labels
-from sd.metrics import EvalResult, warnings, win_rate, win_rate_vs_reference
-from sd.model import Batch, Model, PipelinePolicy, sample_held_out
+from sd.labels import Label, LabelError, pairs_of_group, pareto_preference, read_labels
+from sd.metrics import EvalResult, win_rate, win_rate_vs_reference
+from sd.model import Batch, Model, PipelinePolicy, sample_held_out, sample_stock
 from sd.run_folder import Stream
 from sd.scorers import load_scorers
 
@@ -90,11 +90,11 @@ class ScorerFeedback:
 
     finished = False  # people want the run to end
 
-    def status(self, text: str, row: dict) -> None:
-        """What people see while there is no question; row: the epoch's, of metrics.jsonl."""
+    def status(self, text: str) -> None:
+        """What people see while there is no question."""
 
-    def close(self) -> None:
-        """The run has ended."""
+    def close(self, code: str) -> None:
+        """The run has ended; code uses its LoRA."""
 
 
 class HumanFeedback(ScorerFeedback):
@@ -114,8 +114,11 @@ class HumanFeedback(ScorerFeedback):
         """Questions: comparisons without an answer."""
         if self.args.objective == "tags":
             return [question(batch, epoch, group, bad=None) for group in batch.groups]
-        pairs = [pair for group in batch.groups for pair in itertools.combinations(group, 2)]
+        pairs = [pair for group in batch.groups for pair in self.pairs_of_group(group)]
         return [question(batch, epoch, pair, h=None) for pair in pairs]
+
+    def pairs_of_group(self, group: range) -> list[tuple[int, int]]:
+        return pairs_of_group(group)
 
     def collect_labels(self, rows: list[dict]) -> list[dict]:
         args = self.args
@@ -124,7 +127,8 @@ class HumanFeedback(ScorerFeedback):
         )
         epoch = rows[0]["epoch"] - epochs_given(args)
         total, before = args.epochs * len(rows), (epoch - 1) * len(rows)
-        progress = {"epoch": epoch, "epochs": args.epochs, "before": before, "total": total}
+        progress = {"epoch": epoch, "epochs": args.epochs, "total": total}
+        progress |= {"before": before, "asked": len(rows)}
         answered = self.server.ask(rows, progress)
         self.finished = self.server.finished
         if args.annotators > 1:
@@ -143,15 +147,15 @@ class HumanFeedback(ScorerFeedback):
                 "of 255): go on with the machine that made it, or delete it and its labels"
             )
 
-    def status(self, text: str, row: dict) -> None:
+    def status(self, text: str) -> None:
         if self.server:
-            shown = figures.held_out_file(self.args.out, row["epoch"], 0).exists()
-            self.server.status(text, row["epoch"] if shown else None, warnings(row))
+            self.server.status(text)
 
-    def close(self) -> None:
+    def close(self, code: str) -> None:
         if self.server:
             out = self.args.out
-            self.server.close(f"{FAREWELL} The LoRA is in {out / 'lora'}; open {out}/report.html.")
+            where = f"The LoRA is in {out / 'lora'}; the report is {out / 'report.html'}."
+            self.server.close(f"{FAREWELL} {where}", code)
 
 
 def question(batch: Batch, epoch: int, chains: list[int], *, scores=None, **answer) -> Label:
@@ -199,7 +203,8 @@ def evaluate_initial(feedback: ScorerFeedback, model: Model) -> EvalResult:
 def compare_with_initial(feedback: ScorerFeedback, model: Model, epoch: int) -> None:
     """--evaluate: tuned against initial model on noises that no training saw.
 
-    By the scorers, or blind by people; RUN/evaluation.json and .png keep what came out.
+    By the scorers, or blind by people; RUN/evaluation.json and .png keep what came out. Beside it
+    what they are at the pipeline's own settings, where most people will use the LoRA.
     """
     args = feedback.args
     initial, tuned = (
@@ -210,10 +215,19 @@ def compare_with_initial(feedback: ScorerFeedback, model: Model, epoch: int) -> 
         result = blind_test(feedback, tuned, initial, epoch=epoch)
     else:
         result = win_rate_vs_reference(tuned, initial)
-    result = {"objective": args.objective, **result}
+    stock_initial, stock_tuned = (
+        feedback.evaluate(*sample_stock(model, denoiser, args))
+        for denoiser in (model.reference, model.sampler)
+    )
+    stock = win_rate_vs_reference(stock_tuned, stock_initial)
+    result = {"objective": args.objective, **result, "stock": stock}
     run_folder.save_json(args.out / "evaluation.json", result)
     print(json.dumps(result, indent=2))
-    print(figures.draw_pairs(initial.images, tuned.images, args.out / "evaluation.png"))
+    for before, after, name in (
+        (initial, tuned, "evaluation.png"),
+        (stock_initial, stock_tuned, "evaluation_stock.png"),
+    ):
+        print(figures.draw_pairs(before.images, after.images, args.out / name))
 
 
 def blind_test(

@@ -34,6 +34,7 @@ and `fleiss_kappa` says how far they agree.
 import json
 import math
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -81,6 +82,23 @@ def pairs_from_labels(labels: list[Label]) -> Tensor:
             inside = d3po.pairs_from_feedback(torch.tensor([row["h"]]))
         pairs.append(torch.tensor(chains)[inside])
     return torch.cat(pairs)
+
+
+def has_preference(row: dict) -> bool:
+    """Whether an answered question gives a pair to train on."""
+    if answer_field(row) == "bad":
+        return any(row["bad"]) and not all(row["bad"])
+    return row["h"] != 0
+
+
+def pairs_of_group(group: Sequence[int]) -> list[tuple[int, int]]:
+    """Pairs of a group of K to ask people about: each image with the next, in a circle.
+
+    K questions, not K (K - 1) / 2, which nobody wants to answer: 1, 3, 4, 5 for K = 2, 3, 4, 5.
+    """
+    K = len(group)
+    circle = {tuple(sorted((k, (k + 1) % K))) for k in range(K)}
+    return [(group[a], group[b]) for a, b in sorted(circle)]
 
 
 def answer_field(question: dict) -> str:

@@ -92,14 +92,18 @@ def win_rate(h: Tensor) -> dict:
 
 
 def win_rate_vs_reference(tuned: EvalResult, initial: EvalResult) -> dict:
-    """Tuned against initial model, image by image: their win rate, and each one's means."""
-    result = win_rate(pareto_preference(tuned.scores, initial.scores))
+    """Tuned against initial model, image by image: their win rate, and each one's means.
+
+    Where people judge there is only the watched score.
+    """
+    result = {}
+    if len(tuned.scores):
+        result = win_rate(pareto_preference(tuned.scores, initial.scores))
     for name, found in (("initial", initial), ("tuned", tuned)):
-        result[name] = {
-            "score": found.score,
-            "score_sem": standard_error(found.scores[0]),
-            "watched": found.watched,
-        }
+        result[name] = {"watched": found.watched}
+        if len(found.scores):
+            scores = {"score": found.score, "score_sem": standard_error(found.scores[0])}
+            result[name] = {**scores, **result[name]}
     return result
 
 

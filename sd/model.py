@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from accelerate import Accelerator
 from accelerate.utils import AutocastKwargs, InitProcessGroupKwargs
-from diffusers import DiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import DiffusionPipeline, SchedulerMixin, StableDiffusionXLPipeline
 from diffusers.training_utils import cast_training_params
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from PIL import Image
@@ -39,6 +39,7 @@ from sd.run_folder import Stream, generator
 
 LORA_TARGETS = ["to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj"]  # App. E
 LORA_FILE = "pytorch_lora_weights.safetensors"
+STOCK_IMAGES = 16  # a stock call takes 50 steps, guided
 # Beyond these, float32 log-ratios lose their meaning
 MIN_ALPHA_BAR = 1e-6
 MIN_SIGMA, MAX_SIGMA = 0.005, 0.999  # of a flow
@@ -149,6 +150,7 @@ class Model(NamedTuple):
     """What a run trains. Made by `load_model`."""
 
     pipe: DiffusionPipeline
+    stock_scheduler: SchedulerMixin  # that the pipeline came with
     network: nn.Module  # the pipeline's, with the LoRA
     conditioning: Conditioning
     policy: PipelinePolicy  # through accelerate's wrapper, which averages gradients of processes
@@ -210,7 +212,7 @@ def load_model(
     Raises ValueError, in a sentence for the user, for a model that cannot be trained.
     """
     pipe = load_pipeline(args.model, args.precision)
-    prediction = prediction_of(pipe, args.model)
+    prediction, stock_scheduler = prediction_of(pipe, args.model), pipe.scheduler
     if prediction != "flow" and (replaced := use_ddim(pipe)):
         accelerator.print(f"Scheduler: DDIM, set_alpha_to_one off, in place of its {replaced}.")
     if args.init_lora:
@@ -247,6 +249,7 @@ def load_model(
     )
     model = Model(
         pipe=pipe,
+        stock_scheduler=stock_scheduler,
         network=network,
         conditioning=conditioning,
         policy=as_policy(accelerator.prepare(network)),
@@ -319,3 +322,29 @@ def sample_held_out(
             log_ratio = batch.trajectory.log_prob - model.log_prob(model.reference, batch)
             log_ratios.append(log_ratio[: args.num_steps - args.skip_last].sum(0))
     return images, prompts, torch.cat(log_ratios).mean().item() if log_ratios else None
+
+
+def sample_stock(
+    model: Model, denoiser: PipelinePolicy, args: Namespace
+) -> tuple[list[Image.Image], list[str]]:
+    """Images as `pipe(prompt)` draws them: its own scheduler, steps and guidance.
+
+    The first STOCK_IMAGES of --eval-images prompts, each from its own noise. Returns the prompts
+    too.
+    """
+    pipe, own = model.pipe, model.pipe.scheduler
+    N, size = min(args.eval_images, STOCK_IMAGES), {"height": args.height, "width": args.width}
+    prompts = [model.prompts[n % len(model.prompts)] for n in range(N)]
+    images = []
+    model.conditioning.move_text_encoders(model.network.device)
+    pipe.scheduler = model.stock_scheduler
+    try:
+        with lora_off(model.network) if denoiser.reference else nullcontext():
+            for start in range(0, N, args.batch_size * args.images_per_prompt):
+                part = range(start, min(start + args.batch_size * args.images_per_prompt, N))
+                noise = [generator(args.seed, Stream.STOCK, n) for n in part]
+                images += pipe([prompts[n] for n in part], generator=noise, **size).images
+    finally:
+        pipe.scheduler = own
+        model.conditioning.move_text_encoders("cpu")
+    return images, prompts

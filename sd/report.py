@@ -10,6 +10,7 @@ FIGURES = {  # file of a run -> what it shows
     "reward_curve.png": "Over the epochs.",
     "progress.png": "The same noises over the epochs; no training saw them.",
     "evaluation.png": "Initial and tuned model on noises of the evaluation.",
+    "evaluation_stock.png": "The same at the pipeline's own settings.",
 }
 STYLE = """<style>
 :root { color-scheme: light dark }
@@ -20,11 +21,16 @@ th { text-align: left; font-weight: normal; padding-right: 2rem }
 </style>"""
 
 
-def usage(args: Namespace, prompt: str, *, pipeline: str, flow: bool) -> str:
+def settings_of(run: Path) -> Namespace:
+    return Namespace(**{**run_folder.read_json(run / "config.json"), "out": run})
+
+
+def usage(run: Path, prompt: str, *, pipeline: str, flow: bool) -> str:
     """Python that loads the LoRA and draws an image as the training did; it runs as it stands.
 
     pipeline: its class in diffusers; flow: whether it is a rectified flow, which has no eta.
     """
+    args = settings_of(run)
     load = "from_single_file" if args.model.endswith(".safetensors") else "from_pretrained"
     dtype = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}[args.precision]
     call = {"num_inference_steps": args.num_steps, "guidance_scale": args.guidance_scale}
@@ -47,25 +53,28 @@ def usage(args: Namespace, prompt: str, *, pipeline: str, flow: bool) -> str:
         lines += [f"pipe.load_lora_weights({args.init_lora!r})", "pipe.fuse_lora()"]
         lines += ["pipe.unload_lora_weights()"]
     lines += [
-        f"pipe.load_lora_weights({str(Path(args.out).resolve() / 'lora')!r})",
+        f"pipe.load_lora_weights({str(run.resolve() / 'lora')!r})",
         f"image = pipe({prompt!r}, {settings}).images[0]",
         'image.save("image.png")',
     ]
     return "\n".join(lines)
 
 
-def write(run: Path, epoch: int, prompt: str, *, pipeline: str, flow: bool) -> None:
-    """README.md, a model card, and report.html, which needs no network, of a run."""
-    args = Namespace(**{**run_folder.read_json(run / "config.json"), "out": run})
+def write(run: Path, epoch: int, code: str) -> None:
+    """README.md, a model card, and report.html, which needs no network, of a run.
+
+    code: `usage`.
+    """
+    args = settings_of(run)
     learned = f"objective {args.objective}" if args.objective else f"labels of {args.labels}"
     title = f"LoRA for {args.model}, {learned}, {epoch} epochs of D3PO (arXiv 2311.13231)"
-    code, note = (
-        usage(args, prompt, pipeline=pipeline, flow=flow),
-        "At other settings its effect was not measured.",
-    )
     rows = run_folder.read_lines(run / "metrics.jsonl")
     evaluation = run / "evaluation.json"
     result = run_folder.read_json(evaluation) if evaluation.exists() else {}
+    stock = result.pop("stock", None)
+    note = "At the pipeline's own settings its effect is not measured: --evaluate does it."
+    if stock:
+        note = f"At the pipeline's own settings, pipe(prompt), its effect: {show(stock)}."
     pictures = [name for name in FIGURES if (run / name).exists()]
 
     card = [f"# {title}", f"    {args.command}", f"```python\n{code}\n```", note]

@@ -44,9 +44,13 @@ class Run(NamedTuple):
 
     def write_report(self, epoch: int) -> None:
         """README.md and report.html of the run so far."""
+        report.write(self.args.out, epoch, self.code())
+
+    def code(self) -> str:
+        """Python that draws an image with the LoRA."""
         model, pipeline = self.model, type(self.model.pipe).__name__
         flow = model.policy.prediction == "flow"
-        report.write(self.args.out, epoch, model.prompts[0], pipeline=pipeline, flow=flow)
+        return report.usage(self.args.out, model.prompts[0], pipeline=pipeline, flow=flow)
 
     def load_checkpoint(self) -> int:
         """Go back to the last checkpoint, if there is one; return its epoch, or 0."""

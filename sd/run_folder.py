@@ -27,6 +27,7 @@ class Stream(IntEnum):
     EVALUATION = 4
     SIDES = 5
     REPLAY = 6
+    STOCK = 7
 
 
 def generator(*numbers: int) -> torch.Generator:

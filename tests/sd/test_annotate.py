@@ -13,7 +13,9 @@ import sys
 import textwrap
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 from urllib.parse import quote, urlsplit
 
@@ -23,7 +25,7 @@ from PIL import Image
 from sd import annotate
 from sd.figures import held_out_file
 from sd.prompts import PROMPTS
-from sd.run_folder import ROOT
+from sd.run_folder import ROOT, save_lines
 
 WAIT = 120  # seconds that nothing here should take, even where the machine is busy
 AS_JSON = {"Content-Type": "application/json"}
@@ -38,22 +40,35 @@ class Reply(NamedTuple):
         return json.loads(self.body)
 
 
-def request(port: int, method: str, path: str, body=None, headers=None) -> Reply:
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=WAIT)
+class Page(NamedTuple):
+    """Where the page of a run is, once it has begun to ask."""
+
+    run: Path
+    port: int
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}/{(self.run / 'token').read_text()}/"
+
+
+def request(page, method: str, path: str, body=None, headers=None) -> Reply:
+    """A request to a path of a Page, or a Session's."""
+    parts = urlsplit(page.url)
+    connection = http.client.HTTPConnection(parts.hostname, parts.port, timeout=WAIT)
     with contextlib.closing(connection):
-        connection.request(method, path, body, headers or {})
+        connection.request(method, parts.path + path.lstrip("/"), body, headers or {})
         reply = connection.getresponse()
         return Reply(reply.status, reply.headers, reply.read())
 
 
-def post_answer(port: int, question: str, answer, name: str | None = None) -> Reply:
+def post_answer(page, question: str, answer, name: str | None = None) -> Reply:
     body = json.dumps({"id": question, "answer": answer, "name": name})
-    return request(port, "POST", "/answer", body, AS_JSON)
+    return request(page, "POST", "/answer", body, AS_JSON)
 
 
-def open_questions(port: int, name: str | None = None) -> list[dict]:
+def open_questions(page, name: str | None = None) -> list[dict]:
     query = f"?name={quote(name)}" if name else ""
-    state = request(port, "GET", f"/state{query}").json()
+    state = request(page, "GET", f"/state{query}").json()
     return [question for question in state["questions"] if not question["answered"]]
 
 
@@ -70,9 +85,9 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def is_serving(port: int) -> bool:
+def is_serving(page) -> bool:
     try:
-        return request(port, "GET", "/").status == 200
+        return request(page, "GET", "/").status == 200
     except OSError:
         return False
 
@@ -109,19 +124,20 @@ class Session:
         self.thread = threading.Thread(target=target, daemon=True)
         self.thread.start()
         until(lambda: self.server.url and self.server._questions or not self.thread.is_alive())
-        self.port = urlsplit(self.server.url).port
+        self.url = self.server.url
+        self.port, self.path = urlsplit(self.url).port, urlsplit(self.url).path.rstrip("/")
 
     def request(self, method: str, path: str, body=None, headers=None) -> Reply:
-        return request(self.port, method, path, body, headers)
+        return request(self, method, path, body, headers)
 
     def state(self, name: str | None = None) -> dict:
         return self.request("GET", f"/state?name={quote(name)}" if name else "/state").json()
 
     def open(self, name: str | None = None) -> list[dict]:
-        return open_questions(self.port, name)
+        return open_questions(self, name)
 
     def send(self, question, answer, name: str | None = None) -> Reply:
-        return post_answer(self.port, question, answer, name)
+        return post_answer(self, question, answer, name)
 
     def answer(self, answer, name: str | None = None) -> Reply:
         """Answer the first open question."""
@@ -159,12 +175,13 @@ def test_a_person_labels_an_epoch(start, tmp_path):
     for k, (q, h) in enumerate(zip(opened, [1, 0, -1, None], strict=True)):
         for image, file in zip(q["images"], questions[k]["images"], strict=True):
             assert session.request("GET", image).body == (tmp_path / file).read_bytes()
-        assert session.send(q["id"], h).json() == {"saved": True}
+        saved = session.send(q["id"], h).json()
+        assert saved == {"saved": True, "id": q["id"][:-1] + "1"}
         assert read_rows(tmp_path)[-1] == questions[k] | {"h": h, "left": q["left"]}
     expected = [q | {"h": h} for q, h in zip(questions, [1, 0, -1, 0], strict=True)]
     assert session.finish() == expected
     nothing = {"questions": [], "ended": False, "named": False, "guide": None, "progress": {}}
-    nothing |= {"warnings": [], "shown": [], "last": None}
+    nothing |= {"warnings": [], "shown": [], "agreement": [], "last": None, "code": None}
     assert session.state() == nothing | {"status": "Training, epoch 3"}
     session.server.status("Sampling, epoch 4")
     assert session.state() == nothing | {"status": "Sampling, epoch 4"}
@@ -201,8 +218,9 @@ def test_undo_is_a_second_line_and_the_last_counts(start, tmp_path):
     questions = make_questions(tmp_path, N=2)
     session = start(questions)
     first, second = (q["id"] for q in session.open())
-    session.send(first, 1)
-    session.send(first, -1)
+    again = session.send(first, 1).json()["id"]
+    assert session.send(first, -1).status == 409  # a page that does not know of the first answer
+    session.send(again, -1)
     assert [q["answer"] for q in session.state()["questions"]] == [-1, None]
     session.send(second, 0)
     assert [row["h"] for row in session.finish()] == [-1, 0]
@@ -275,7 +293,7 @@ def test_closing_tells_open_pages_and_then_serves_no_more(start, tmp_path, monke
     ((seconds, state),) = states
     assert seconds == 1.5 and state["ended"] and state["questions"] == []
     assert "has finished" in state["status"]
-    assert not is_serving(session.port)
+    assert not is_serving(session)
     session.server.close()  # a second time does nothing
 
 
@@ -285,7 +303,7 @@ def test_closing_tells_open_pages_and_then_serves_no_more(start, tmp_path, monke
 def test_two_annotators(start, tmp_path):
     session = start(make_questions(tmp_path, N=3), annotators=2)
     assert session.state()["named"] and session.open() == []
-    question = next(iter(session.server._questions))
+    question = next(iter(session.server._questions)) + "-0"
     for name in ("", " ", "x" * 41, "a\nb", 5, ["Ann"], "\ud800", None):
         assert session.send(question, 1, name).status == 400
     assert read_rows(tmp_path) == []
@@ -310,9 +328,9 @@ def test_kappa_of_tags_takes_each_image_as_an_item(start, tmp_path):
     assert session.server.kappa == pytest.approx((3 / 4 - 34 / 64) / (1 - 34 / 64))
 
 
-def post_end(port: int, question, end) -> Reply:
+def post_end(page, question, end) -> Reply:
     body = json.dumps({"id": question, "end": end}).encode()
-    return request(port, "POST", "/end", body, {"Content-Type": "application/json"})
+    return request(page, "POST", "/end", body, AS_JSON)
 
 
 def test_the_last_answer_can_be_taken_back_before_training(start, tmp_path, monkeypatch):
@@ -326,10 +344,11 @@ def test_the_last_answer_can_be_taken_back_before_training(start, tmp_path, monk
     headers = {"Content-Type": "application/json"}
     assert session.request("POST", "/undo", body, headers).status == 200
     (question,) = session.open()
-    assert question["id"] == state["last"] and session.state()["last"] is None
+    assert question["answer"] is None and session.state()["last"] is None
     session.send(question["id"], -1)
     assert session.thread.is_alive()
-    assert post_end(session.port, state["last"], "questions").status == 200  # no need to wait
+    assert session.request("POST", "/undo", body, headers).status == 409  # it was undone before
+    assert post_end(session, state["last"], "questions").status == 200  # no need to wait
     assert [row["h"] for row in session.finish()] == [1, -1]
     assert session.request("POST", "/undo", body, headers).status == 409
 
@@ -349,14 +368,19 @@ def test_between_questions_the_page_shows_before_and_now(start, tmp_path):
     session.finish()
     for epoch in (0, 3):
         Image.new("RGB", (8, 8), (epoch, 0, 0)).save(held_out_file(tmp_path, epoch, 0))
-    session.server.status("Sampling, epoch 4", 3, ["the model seems to break"])
+    rows = [{"epoch": epoch, "accuracy": share} for epoch, share in ((1, None), (3, 0.75))]
+    rows[-1]["warnings"] = ["the model seems to break"]
+    save_lines(tmp_path / "metrics.jsonl", rows)
+    session.server.status("Sampling, epoch 4")
     state = session.state()
+    assert state["agreement"] == [[3, 0.75]]
     assert state["warnings"] == ["the model seems to break"]
     before, now = state["shown"]
     for urls, epoch in ((before, 0), (now, 3)):
         image = session.request("GET", urls[0]).body
         assert image == held_out_file(tmp_path, epoch, 0).read_bytes()
         assert len(urls) == 1  # there are no more
+    save_lines(tmp_path / "metrics.jsonl", [*rows, {"epoch": 4, "accuracy": 1}])
     session.server.status("Sampling, epoch 5")  # an epoch without evaluation
     assert session.state()["shown"] == [before, now] and not session.state()["warnings"]
     for path in (
@@ -373,12 +397,12 @@ def test_what_is_left_can_be_skipped_at_once(start, tmp_path, kind):
     session = start(make_questions(tmp_path, kind, K=2 if kind == "h" else 3))
     first, second, *_ = session.open()
     answer = 1 if kind == "h" else [True, False, False]
-    post_answer(session.port, first["id"], answer)
-    for wrong in (post_end(session.port, "stale-0", "run"), post_end(session.port, 3, "questions")):
+    post_answer(session, first["id"], answer)
+    for wrong in (post_end(session, "stale-0", "run"), post_end(session, 3, "questions")):
         assert wrong.status == 409
-    assert post_end(session.port, second["id"], "everything").status == 400
+    assert post_end(session, second["id"], "everything").status == 400
     assert not session.server.finished and len(session.open()) == 3
-    assert post_end(session.port, second["id"], "questions").status == 200
+    assert post_end(session, second["id"], "questions").status == 200
     answered = session.finish()
     assert [row[kind] for row in read_rows(tmp_path)] == [answer, None, None, None]
     nothing = 0 if kind == "h" else [False] * 3
@@ -389,22 +413,116 @@ def test_what_is_left_can_be_skipped_at_once(start, tmp_path, kind):
 def test_finish_skips_for_all_and_is_remembered(start, tmp_path):
     session = start(make_questions(tmp_path), annotators=2)
     first, *_ = session.open("Ann")
-    post_answer(session.port, first["id"], 1, "Ann")
-    assert post_end(session.port, first["id"], "run").status == 200
+    post_answer(session, first["id"], 1, "Ann")
+    assert post_end(session, first["id"], "run").status == 200
     assert [row["h"] for row in session.finish()] == [1, 0, 0, 0] and session.server.finished
     again = annotate.AnnotationServer(tmp_path, 2, 0).ask(make_questions(tmp_path))
     assert [row["h"] for row in again] == [1, 0, 0, 0]  # nobody is asked again
 
 
-def test_a_third_annotator_is_asked_only_what_is_open(start, tmp_path):
+def test_there_are_as_many_places_as_annotators(start, tmp_path):
     questions = make_questions(tmp_path, N=2)
     session = start(questions, annotators=2)
+    first = session.open("Cid")[0]["id"]  # a look takes no place
+    for name, h in (("Ann", 1), ("Ann", 1), ("Bob", 1)):
+        session.answer(h, name)
+    for reply in (session.send(first, -1, "Cid"), session.request("GET", "/state?name=Cid")):
+        assert is_refused(reply, 403) and "by Ann, Bob" in reply.json()["error"]
+    session.answer(-1, "BOB")
+    assert [row["h"] for row in session.finish()] == [1, 0] and len(read_rows(tmp_path)) == 4
+    assert "too late" in session.send(first, 1, "Bob").json()["error"]
+
+
+def test_people_who_agree_on_nothing_are_told(start, tmp_path, capsys):
+    session = start(make_questions(tmp_path, N=2), annotators=2)
+    for name, h in (("Ann", 1), ("Bob", -1)):
+        session.answer(h, name)
+        session.answer(h, name)
+    assert [row["h"] for row in session.finish()] == [0, 0]
+    assert "agree on no question" in session.state("Ann")["status"]
+    assert "Epoch 3: you agree on no question" in capsys.readouterr().out
+
+
+# A page that is behind, and people without the token
+
+
+def test_a_tab_that_is_behind_changes_nothing(start, tmp_path):
+    session = start(make_questions(tmp_path, N=3), annotators=2)
+    stale = session.open("Ann")
+    session.open("Bob")
     session.answer(1, "Ann")
-    session.answer(1, "Ann")
-    session.answer(1, "Bob")
-    assert [q["prompt"] for q in session.open("Cid")] == [questions[1]["prompt"]]
-    session.answer(-1, "Cid")
-    assert [row["h"] for row in session.finish()] == [1, 0]
+    for answer in (1, -1, 0, None):
+        reply = session.send(stale[0]["id"], answer, "ann")
+        assert is_refused(reply, 409) and "another page" in reply.json()["error"]
+    assert session.send(stale[0]["id"], -1, "Bob").status == 200  # his has not changed
+    assert [(row["annotator"], row["h"]) for row in read_rows(tmp_path)] == [
+        ("Ann", 1),
+        ("Bob", -1),
+    ]
+
+
+def test_nobody_without_the_token_sees_or_changes_anything(guarded, tmp_path):
+    token = guarded.path.strip("/")
+    question = guarded.open()[0]
+    body = json.dumps({"id": question["id"], "answer": 1, "name": None})
+    end = json.dumps({"id": question["id"], "end": "run"})
+    wrong = [
+        "",
+        "/",
+        f"/{token[:-1]}",
+        f"/{token}x",
+        f"/{token[::-1]}",
+        "/%00",
+        "/é",
+        f"/x/{token}",
+    ]
+    for prefix in [*wrong, f"/{token.swapcase()}", f"//{token}", f"/.{token}"]:
+        for path in ("/", "/state", f"/{question['images'][0]}", "/held_out/0/0"):
+            outside = SimpleNamespace(url=f"http://127.0.0.1:{guarded.port}")
+            reply = request(outside, "GET", quote(prefix, safe="/%") + path)
+            assert is_refused(reply, 403) and token not in reply.body.decode(), (prefix, path)
+        for path, content in (("/answer", body), ("/undo", body), ("/end", end)):
+            reply = request(outside, "POST", quote(prefix, safe="/%") + path, content, AS_JSON)
+            assert is_refused(reply, 403)
+    assert (tmp_path / "token").stat().st_mode & 0o777 == 0o600 and len(token) > 20
+
+
+@pytest.mark.parametrize("silent", [b"", b"GET /", b"POST /answer HTTP/1.1\r\nHost: localhost\r\n"])
+def test_a_thousand_connections_that_say_no_more_do_not_keep_people_out(start, tmp_path, silent):
+    session = start(make_questions(tmp_path, N=1))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, max(soft, 4096)), hard))
+    with contextlib.ExitStack() as stack:
+        for _ in range(1000):
+            address = ("127.0.0.1", session.port)
+            connection = stack.enter_context(socket.create_connection(address, timeout=WAIT))
+            connection.sendall(silent)
+        assert session.answer(1).status == 200
+        assert [row["h"] for row in session.finish()] == [1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_five_hundred_answers_at_once_are_kept_once_each(start, tmp_path):
+    session = start(make_questions(tmp_path, N=45), annotators=2)
+    votes = {
+        (name, question["id"]): h
+        for name in ("Ann", "Bob")
+        for question, h in zip(session.open(name), [1, -1, 0] * 15, strict=True)
+    }
+    sent = list(votes.items()) * 6  # 540: each of 90 by six tabs at once
+    random.Random(0).shuffle(sent)
+    session.answer(0, "Ann"), session.answer(0, "Bob")  # their names, before the rush
+    with ThreadPoolExecutor(32) as pool:
+        replies = list(
+            pool.map(lambda vote: session.send(vote[0][1], vote[1], vote[0][0]).status, sent)
+        )
+    assert replies.count(200) == 88 and replies.count(409) == 540 - 88
+    rows = read_rows(tmp_path)
+    assert len(rows) == 90
+    kept = {(row["annotator"], row["prompt"]): row["h"] for row in rows}
+    expected = dict(zip(PROMPTS["animals"], [0, *([1, -1, 0] * 15)[1:]], strict=True))
+    assert kept == {(name, prompt): h for name in ("Ann", "Bob") for prompt, h in expected.items()}
+    assert [row["h"] for row in session.finish()] == list(expected.values())
 
 
 # What is refused
@@ -455,7 +573,13 @@ def test_only_one_host_is_taken(guarded):
     for version in ("1.0", "1.1"):
         for hosts in ([], ["localhost", "evil"], ["evil", "localhost"], ["localhost"] * 2):
             fields = [f"Host: {host}" for host in hosts]
-            lines = [f"GET /state HTTP/{version}", *fields, "Connection: close", "", ""]
+            lines = [
+                f"GET {guarded.path}/state HTTP/{version}",
+                *fields,
+                "Connection: close",
+                "",
+                "",
+            ]
             reply = send_raw(guarded.port, "\r\n".join(lines).encode())
             assert reply.split()[1] == b"400" and b"prompt" not in reply
 
@@ -499,12 +623,14 @@ def test_nothing_else_is_served(guarded):
         /labels.jsonl /answer /state/ /docs /redoc /openapi.json /static/../../etc/passwd
         /annotate.html /annotate.py /favicon.ico /%5b //[ http://evil.example/state
     """
-    question = guarded.open()[0]["id"]
+    question = guarded.open()[0]["id"].rpartition("-")[0]
     for path in paths.replace("{id}", question).split():
-        content = f"GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+        content = (
+            f"GET {guarded.path}{path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+        )
         head, _, body = send_raw(guarded.port, content.encode()).partition(b"\r\n\r\n")
         status = int(head.split()[1])
-        assert status in (400, 404, 405, 409), (path, head)
+        assert status in (400, 403, 404, 405, 409), (path, head)
         assert not any(word in body for word in (b"PNG", b"root:", b"prompt", b"<html"))
         assert status == 400 or "error" in json.loads(body)  # 400 is the HTTP server's own
 
@@ -538,7 +664,8 @@ def test_wrong_requests_are_refused(guarded):
 
 def test_a_request_that_breaks_off_changes_nothing(guarded, caplog):
     body = json.dumps({"id": guarded.open()[0]["id"], "answer": 1, "name": None})
-    head = f"POST /answer HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n"
+    head = f"POST {guarded.path}/answer HTTP/1.1\r\nHost: localhost\r\n"
+    head += f"Content-Length: {len(body)}\r\n"
     content = f"{head}Content-Type: application/json\r\n\r\n{body}"
     for end in (20, len(head), len(content) - 1):
         with socket.create_connection(("127.0.0.1", guarded.port)) as connection:
@@ -581,10 +708,15 @@ def test_every_reply_has_the_security_headers(guarded, monkeypatch):
 def test_fifty_random_malformed_requests(guarded, caplog):
     chance = random.Random(0)
     ids = [q["id"] for q in guarded.open()]
-    words = (
-        b"GET POST PUT / /answer /state?name= /images/ .. %2e%2e \x00 \xff\xfe HTTP/1.1 HTTP/9.9"
-    )
-    words = words.split(b" ") + [b"\r\n", b"\n", b" ", b"Host: localhost", b"Host: evil", b"-1"]
+    words = b"GET POST PUT / TOKEN/answer TOKEN/state?name= TOKEN/images/ .. %2e%2e \x00 \xff\xfe HTTP/1.1 HTTP/9.9"
+    words = words.replace(b"TOKEN", guarded.path.encode()).split(b" ") + [
+        b"\r\n",
+        b"\n",
+        b" ",
+        b"Host: localhost",
+        b"Host: evil",
+        b"-1",
+    ]
     words += [b"Content-Type: application/json", b"Transfer-Encoding: chunked", b"[" * 50]
     words += [b"Content-Length: 99999", b'"id": ', b'"answer": ', b"{", b"}", ids[0].encode()]
     values = [
@@ -605,7 +737,8 @@ def test_fifty_random_malformed_requests(guarded, caplog):
         10**40,
         "é" * 50,
     ]
-    head = b"POST /answer HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    head = f"POST {guarded.path}/answer HTTP/1.1\r\nHost: localhost\r\n".encode()
+    head += b"Content-Type: application/json\r\n"
     refused = 0
     for n in range(50):
         if n % 3 == 0:  # noise
@@ -622,8 +755,8 @@ def test_fifty_random_malformed_requests(guarded, caplog):
                 new = chance.randbytes(chance.randrange(3))
                 content = content[:place] + new + content[place + chance.randrange(20) :]
         reply = send_raw(guarded.port, content, 0.1)
-        is_page = content.startswith((b"GET / ", b"GET /state"))
-        assert not reply or reply[9:10] in b"45" or is_page, (content, reply)
+        is_state = content.startswith(f"GET {guarded.path}/state".encode())
+        assert not reply or reply[9:10] in b"45" or is_state, (content, reply)
         refused += reply.startswith(b"HTTP/1.1 4")
     assert refused >= 25
     assert not caplog.records
@@ -730,19 +863,19 @@ def write_questions(run: Path, *counts: int) -> list[list[dict]]:
 
 @pytest.mark.slow
 def test_kill_9_loses_no_label(program, tmp_path):
-    port, answers, chance = free_port(), [], random.Random(1)
+    page, answers, chance = Page(tmp_path, free_port()), [], random.Random(1)
     questions, _ = write_questions(tmp_path, 30, 0)
     for stop in (9, 17, None):
-        process = program(port)
-        until(lambda: is_serving(port))
-        opened = open_questions(port)
+        process = program(page.port)
+        until(lambda: is_serving(page))
+        opened = open_questions(page)
         assert [q["prompt"] for q in opened] == [q["prompt"] for q in questions[len(answers) :]]
         if stop:  # the kill comes while somebody answers
             threading.Timer(chance.uniform(0.02, 0.2), process.kill).start()  # SIGKILL
         for q in opened[: stop and stop - len(answers)]:
             h = chance.choice([1, -1, 0])
             try:
-                reply = post_answer(port, q["id"], h)
+                reply = post_answer(page, q["id"], h)
             except (OSError, http.client.HTTPException):
                 break
             assert reply.status == 200
@@ -796,10 +929,10 @@ def wait_for_prompt(tab, text: str) -> None:
 @pytest.mark.slow
 def test_chromium_labels_epochs_by_keyboard_alone(program, tmp_path):
     first_epoch, _ = write_questions(tmp_path, 7, 2)
-    port = free_port()
-    process = program(port, 2.5)
-    until(lambda: is_serving(port))
-    with open_tab(f"http://127.0.0.1:{port}/") as tab:
+    page = Page(tmp_path, free_port())
+    process = program(page.port, 2.5)
+    until(lambda: is_serving(page))
+    with open_tab(page.url) as tab:
         wait_for_prompt(tab, "a cat")
         left = [question["left"] for question in tab.evaluate("state.questions")]
         images = tab.locator("main img")
@@ -887,10 +1020,10 @@ def test_chromium_two_people_on_one_machine(start, tmp_path):
 @pytest.mark.slow
 def test_chromium_finds_the_page_again_after_a_restart(program, tmp_path):
     write_questions(tmp_path, 3, 0)
-    port = free_port()
-    process = program(port)
-    until(lambda: is_serving(port))
-    with open_tab(f"http://127.0.0.1:{port}/") as tab:
+    page = Page(tmp_path, free_port())
+    process = program(page.port)
+    until(lambda: is_serving(page))
+    with open_tab(page.url) as tab:
         wait_for_prompt(tab, "a cat")
         tab.keyboard.press("ArrowLeft")
         wait_for_prompt(tab, "a dog")
@@ -899,7 +1032,7 @@ def test_chromium_finds_the_page_again_after_a_restart(program, tmp_path):
         tab.keyboard.press("ArrowLeft")
         tab.get_by_text("--resume").wait_for()
         assert len(read_rows(tmp_path)) == 1
-        program(port)
+        program(page.port)
         wait_for_prompt(tab, "a dog")
         assert tab.locator("#done").text_content() == "1 done, 2 left"
 

@@ -16,7 +16,9 @@ import numpy as np
 import pytest
 from PIL import Image
 from test_annotate import (
+    AS_JSON,
     WAIT,
+    Page,
     free_port,
     is_serving,
     open_questions,
@@ -69,18 +71,18 @@ def kill(process: subprocess.Popen) -> None:
     process.wait(WAIT)
 
 
-def answer_questions(port: int, choose, stop: int | None = None) -> int:
+def answer_questions(page: Page, choose, stop: int | None = None) -> int:
     """Answer the questions of a run that starts, until it ends, or the first `stop` of them.
 
-    choose(port, question) gives the answer. Returns how many were answered.
+    choose(page, question) gives the answer. Returns how many were answered.
     """
     count, has_begun, end = 0, False, time.monotonic() + WAIT
     while count != stop:
         assert time.monotonic() < end, "it took too long"
         try:
-            for question in open_questions(port)[: stop and stop - count]:
-                answer = choose(port, question)
-                assert post_answer(port, question["id"], answer).status == 200
+            for question in open_questions(page)[: stop and stop - count]:
+                answer = choose(page, question)
+                assert post_answer(page, question["id"], answer).status == 200
                 count += 1
             has_begun = True
         except (OSError, http.client.HTTPException):
@@ -90,21 +92,21 @@ def answer_questions(port: int, choose, stop: int | None = None) -> int:
     return count
 
 
-def run_with_people(argv: list[str], port: int, choose) -> int:
+def run_with_people(argv: list[str], page: Page, choose) -> int:
     """sd_demo.py in this process, while somebody answers; returns how many answers."""
     counts = []
     people = threading.Thread(
-        target=lambda: counts.append(answer_questions(port, choose)), daemon=True
+        target=lambda: counts.append(answer_questions(page, choose)), daemon=True
     )
     people.start()
-    sd_demo.main([*argv, "--port", str(port)])
+    sd_demo.main([*argv, "--port", str(page.port)])
     people.join(WAIT)
     return counts[0]
 
 
-def prefer_plain(port: int, question: dict) -> int:
+def prefer_plain(page: Page, question: dict) -> int:
     """What a person answers who likes the plainer image: the smaller JPEG."""
-    files = [io.BytesIO(request(port, "GET", url).body) for url in question["images"]]
+    files = [io.BytesIO(request(page, "GET", url).body) for url in question["images"]]
     sizes = [jpeg_kb(Image.open(file)) for file in files]
     return int(np.sign(sizes[1] - sizes[0]))
 
@@ -123,7 +125,7 @@ def test_a_run_asks_trains_and_ends(tiny, tmp_path, monkeypatch):
     out = tmp_path / "run"
     flags = "--objective tags --epochs 1 --pairs-per-epoch 2 --images-per-prompt 3 --num-steps 2"
     argv = new_run(tiny, out, flags)
-    assert run_with_people(argv, free_port(), lambda *_: [True, False, False]) == 2
+    assert run_with_people(argv, Page(out, free_port()), lambda *_: [True, False, False]) == 2
     assert [row["bad"] for row in read_rows(out)] == [[True, False, False]] * 2
     metrics = last_metrics(out)
     assert metrics["accuracy"] is not None and metrics["loss"] > 0
@@ -134,15 +136,16 @@ def test_a_run_asks_trains_and_ends(tiny, tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_who_likes_plain_images_trains_the_weights_of_compressibility(tiny, start, tmp_path):
     """And a kill -9 between the labels of the second epoch changes nothing."""
-    automatic, people, port = tmp_path / "automatic", tmp_path / "people", free_port()
+    automatic, people = tmp_path / "automatic", tmp_path / "people"
+    page = Page(people, free_port())
     flags = "--objective"
     sd_demo.main(new_run(tiny, automatic, f"{flags} compressibility"))
     argv = new_run(tiny, people, f"{flags} human --watch compressibility")
-    process = start([*argv, "--port", str(port)])
-    assert answer_questions(port, prefer_plain, stop=6) == 6
+    process = start([*argv, "--port", str(page.port)])
+    assert answer_questions(page, prefer_plain, stop=6) == 6
     kill(process)
     assert len(read_rows(people)) == 6
-    assert run_with_people(["--resume", str(people)], port, prefer_plain) == 2
+    assert run_with_people(["--resume", str(people)], page, prefer_plain) == 2
 
     answers = {tuple(row["images"]): row["h"] for row in read_rows(people)}
     assert answers == {tuple(row["images"]): row["h"] for row in read_rows(automatic)}
@@ -159,10 +162,11 @@ def test_who_likes_plain_images_trains_the_weights_of_compressibility(tiny, star
 
 @pytest.mark.slow
 def test_labels_of_another_tool_train_without_a_page(tiny, start, tmp_path):
-    out, port = tmp_path / "run", free_port()
+    out = tmp_path / "run"
+    page = Page(out, free_port())
     flags = "--objective tags --images-per-prompt 3 --pairs-per-epoch 2 --epochs 1"
-    process = start([*new_run(tiny, out, flags), "--port", str(port)])
-    until(lambda: is_serving(port))
+    process = start([*new_run(tiny, out, flags), "--port", str(page.port)])
+    until(lambda: is_serving(page))
     kill(process)
     questions = [json.loads(line) for line in (out / "questions.jsonl").read_text().splitlines()]
     assert [len(row["images"]) for row in questions] == [3, 3] and not read_rows(out)
@@ -171,14 +175,14 @@ def test_labels_of_another_tool_train_without_a_page(tiny, start, tmp_path):
         rows = [row | {"bad": bad} for row, bad in zip(questions, answers, strict=True)]
         (out / "labels.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
-    resume = ["--resume", str(out), "--port", str(port)]
+    resume = ["--resume", str(out), "--port", str(page.port)]
     write([True, False, False], 1)
     with pytest.raises(SystemExit, match="labels.jsonl, line 2: 'bad' is 1: .* 3 booleans"):
         sd_demo.main(resume)
     assert not (out / "checkpoint" / "state.pt").exists()
 
     write([True, False, False], [True, False, False])
-    with socket.create_server(("127.0.0.1", port)):  # no page could open there
+    with socket.create_server(("127.0.0.1", page.port)):  # no page could open there
         sd_demo.main(resume)
     metrics = last_metrics(out)
     assert metrics["labels"] == 2 and metrics["accuracy"] is not None and metrics["loss"] > 0
@@ -192,32 +196,32 @@ def test_labels_of_another_tool_train_without_a_page(tiny, start, tmp_path):
     assert Image.open(file).getpixel((0, 0)) == (255, 0, 0)
 
 
-def end(port: int, question: dict, what: str) -> None:
+def end(page: Page, question: dict, what: str) -> None:
     body = json.dumps({"id": question["id"], "end": what}).encode()
-    headers = {"Content-Type": "application/json"}
-    assert request(port, "POST", "/end", body, headers).status == 200
+    assert request(page, "POST", "/end", body, AS_JSON).status == 200
 
 
 def test_train_now_takes_the_answers_so_far_and_finish_ends_the_run(tiny, tmp_path, monkeypatch):
     """Epoch 1: two of four answers, train; epoch 2 of 5: one answer, finish."""
     monkeypatch.setattr(annotate, "FAREWELL_SECONDS", 0)
     monkeypatch.setattr(annotate, "UNDO_SECONDS", 0)
-    out, port, states = tmp_path / "run", free_port(), []
+    out, states = tmp_path / "run", []
+    page = Page(out, free_port())
     argv = new_run(tiny, out, "--objective human --epochs 5 --question 'Which is friendlier?'")
 
     def people():
         for answers, what in ((2, "questions"), (1, "run")):
-            until(lambda: is_serving(port) and open_questions(port))
-            states.append(json.loads(request(port, "GET", "/state").body))
-            questions = open_questions(port)
+            until(lambda: is_serving(page) and open_questions(page))
+            states.append(json.loads(request(page, "GET", "/state").body))
+            questions = open_questions(page)
             for question in questions[:answers]:
-                assert post_answer(port, question["id"], 1).status == 200
-            end(port, questions[answers], what)
-            until(lambda: not is_serving(port) or not open_questions(port))
+                assert post_answer(page, question["id"], 1).status == 200
+            end(page, questions[answers], what)
+            until(lambda: not is_serving(page) or not open_questions(page))
 
     thread = threading.Thread(target=people, daemon=True)
     thread.start()
-    sd_demo.main([*argv, "--port", str(port)])
+    sd_demo.main([*argv, "--port", str(page.port)])
     thread.join(WAIT)
     labels = [(row["epoch"], row["h"]) for row in read_rows(out)]
     skipped = {1: 2, 2: 3}
@@ -226,46 +230,51 @@ def test_train_now_takes_the_answers_so_far_and_finish_ends_the_run(tiny, tmp_pa
         assert of_epoch == [1] * answers + [None] * skipped[epoch]
     assert last_metrics(out)["epoch"] == 2 and (out / "report.html").exists() and lora_of(out)
     assert [state["guide"] for state in states] == ["Which is friendlier?"] * 2
-    assert states[1]["progress"] == {"epoch": 2, "epochs": 5, "before": 4, "total": 20}
+    assert states[1]["progress"] == {"epoch": 2, "epochs": 5, "total": 20} | {
+        "before": 4,
+        "asked": 4,
+    }
 
 
 @pytest.mark.slow
 def test_a_blind_test_may_stop_early(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(annotate, "FAREWELL_SECONDS", 0)
     monkeypatch.setattr(annotate, "UNDO_SECONDS", 0)
-    out, port = tmp_path / "run", free_port()
+    out = tmp_path / "run"
+    page = Page(out, free_port())
     sd_demo.main(new_run(tiny, out, "--objective compressibility --epochs 1"))
 
     def people():
-        until(lambda: is_serving(port) and open_questions(port))
-        questions = open_questions(port)
+        until(lambda: is_serving(page) and open_questions(page))
+        questions = open_questions(page)
         for question in questions[:2]:
-            post_answer(port, question["id"], 1)
-        end(port, questions[2], "run")
+            post_answer(page, question["id"], 1)
+        end(page, questions[2], "run")
 
     thread = threading.Thread(target=people, daemon=True)
     thread.start()
     blind = ["--evaluate", str(out), "--objective", "human", "--eval-images", "5"]
-    sd_demo.main([*blind, "--port", str(port)])
+    sd_demo.main([*blind, "--port", str(page.port)])
     result = json.loads((out / "evaluation.json").read_text())
     assert (result["pairs"], result["skipped"], result["win_rate"]) == (2, 3, 1.0)
 
 
 @pytest.mark.slow
 def test_a_blind_test_shows_no_name_and_counts_wins(tiny, start, tmp_path):
-    out, port = tmp_path / "run", free_port()
+    out = tmp_path / "run"
+    page = Page(out, free_port())
     sd_demo.main(new_run(tiny, out, "--objective compressibility --epochs 1"))
     blind = ["--evaluate", str(out), "--objective", "human", "--eval-images", "5"]
     seen = []
 
-    def choose(port, question):
+    def choose(page, question):
         seen.append(question)
         return [1, -1, 0, None, 1][len(seen) - 1]
 
-    process = start([*blind, "--port", str(port)])
-    assert answer_questions(port, choose, stop=2) == 2
+    process = start([*blind, "--port", str(page.port)])
+    assert answer_questions(page, choose, stop=2) == 2
     kill(process)
-    assert run_with_people(blind, port, choose) == 3  # goes on where it stopped
+    assert run_with_people(blind, page, choose) == 3  # goes on where it stopped
     assert not any(word in json.dumps(seen) for word in ("tuned", "initial"))
     assert len({question["left"] for question in seen}) == 2
     result = json.loads((out / "evaluation.json").read_text())
@@ -280,11 +289,12 @@ def test_a_blind_test_shows_no_name_and_counts_wins(tiny, start, tmp_path):
 @pytest.mark.slow
 def test_chromium_labels_an_epoch_and_the_next_one_appears(start, tmp_path):
     """The emoji model; killed in the first epoch."""
-    out, port = tmp_path / "run", free_port()
+    out = tmp_path / "run"
+    page = Page(out, free_port())
     model = ROOT / "toy" / "emoji_sd"
-    process = start([*new_run(model, out, "--objective human"), "--port", str(port)])
-    until(lambda: is_serving(port))
-    with open_tab(f"http://127.0.0.1:{port}/") as tab:
+    process = start([*new_run(model, out, "--objective human"), "--port", str(page.port)])
+    until(lambda: is_serving(page))
+    with open_tab(page.url) as tab:
 
         def wait_for(left):
             script = "state.questions.filter(q => !q.answered).length"
@@ -301,7 +311,7 @@ def test_chromium_labels_an_epoch_and_the_next_one_appears(start, tmp_path):
         tab.keyboard.press("ArrowLeft")
         tab.get_by_text("--resume").wait_for()
         assert len(read_rows(out)) == 2
-        process = start(["--resume", str(out), "--port", str(port)])
+        process = start(["--resume", str(out), "--port", str(page.port)])
         press(" ", 2)
         press("s", 1)
         tab.get_by_text("Training, epoch 1").wait_for()
