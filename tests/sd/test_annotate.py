@@ -466,17 +466,8 @@ def test_nobody_without_the_token_sees_or_changes_anything(guarded, tmp_path):
     question = guarded.open()[0]
     body = json.dumps({"id": question["id"], "answer": 1, "name": None})
     end = json.dumps({"id": question["id"], "end": "run"})
-    wrong = [
-        "",
-        "/",
-        f"/{token[:-1]}",
-        f"/{token}x",
-        f"/{token[::-1]}",
-        "/%00",
-        "/é",
-        f"/x/{token}",
-    ]
-    for prefix in [*wrong, f"/{token.swapcase()}", f"//{token}", f"/.{token}"]:
+    wrong = [token[:-1], f"{token}x", token[::-1], token.swapcase(), f".{token}", f"x/{token}"]
+    for prefix in ["", *(f"/{one}" for one in [*wrong, "", "%00", "é"])]:
         for path in ("/", "/state", f"/{question['images'][0]}", "/held_out/0/0"):
             outside = SimpleNamespace(url=f"http://127.0.0.1:{guarded.port}")
             reply = request(outside, "GET", quote(prefix, safe="/%") + path)
@@ -708,15 +699,10 @@ def test_every_reply_has_the_security_headers(guarded, monkeypatch):
 def test_fifty_random_malformed_requests(guarded, caplog):
     chance = random.Random(0)
     ids = [q["id"] for q in guarded.open()]
-    words = b"GET POST PUT / TOKEN/answer TOKEN/state?name= TOKEN/images/ .. %2e%2e \x00 \xff\xfe HTTP/1.1 HTTP/9.9"
-    words = words.replace(b"TOKEN", guarded.path.encode()).split(b" ") + [
-        b"\r\n",
-        b"\n",
-        b" ",
-        b"Host: localhost",
-        b"Host: evil",
-        b"-1",
-    ]
+    paths = ["/", "/answer", "/state?name=", "/images/"]
+    words = [f"{guarded.path}{path}".encode() for path in paths]
+    words += b"GET POST PUT .. %2e%2e \x00 \xff\xfe HTTP/1.1 HTTP/9.9 -1".split(b" ")
+    words += [b"\r\n", b"\n", b" ", b"Host: localhost", b"Host: evil"]
     words += [b"Content-Type: application/json", b"Transfer-Encoding: chunked", b"[" * 50]
     words += [b"Content-Length: 99999", b'"id": ', b'"answer": ', b"{", b"}", ids[0].encode()]
     values = [
