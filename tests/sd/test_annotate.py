@@ -921,7 +921,7 @@ def test_chromium_labels_epochs_by_keyboard_alone(program, tmp_path):
     with open_tab(page.url) as tab:
         wait_for_prompt(tab, "a cat")
         left = [question["left"] for question in tab.evaluate("state.questions")]
-        images = tab.locator("main img")
+        images = tab.locator("#tiles img")
         assert images.evaluate_all("all => all.every(image => image.naturalWidth === 64)")
         assert images.first.get_attribute("src").endswith(f"/{left[0]}")  # the recorded side
 
@@ -970,7 +970,7 @@ def test_chromium_tags_by_keyboard(start, tmp_path):
         wait_for_prompt(tab, "a dog")
         tab.keyboard.press("u")
         wait_for_prompt(tab, "a cat")
-        assert tab.locator("main .bad b").all_text_contents() == ["2", "7"]
+        assert tab.locator("#tiles .bad b").all_text_contents() == ["2", "7"]
         for key in ("1", "Enter"):
             tab.keyboard.press(key)
         wait_for_prompt(tab, "a dog")
@@ -1033,7 +1033,7 @@ def test_chromium_layout_fits_without_scrolling(start, tmp_path, kind, K, wide, 
     options = {"color_scheme": scheme, "is_mobile": is_phone, "has_touch": is_phone}
     with open_tab(session.server.url, wide, high, **options) as tab:
         wait_for_prompt(tab, "a cat")
-        boxes = [one.bounding_box() for one in tab.locator("main button, footer button").all()]
+        boxes = [one.bounding_box() for one in tab.locator("#tiles button, footer button").all()]
         for box in boxes:
             assert 0 <= box["x"] and box["x"] + box["width"] <= wide
             assert 0 <= box["y"] and box["y"] + box["height"] <= high
@@ -1041,7 +1041,7 @@ def test_chromium_layout_fits_without_scrolling(start, tmp_path, kind, K, wide, 
         if kind == "h":
             a, b = boxes[:2]
             assert a["y"] == b["y"] and a["x"] < b["x"] and a["width"] > 0.4 * wide
-            tab.locator("main button").first.click()
+            tab.locator("#tiles button").first.click()
         else:
             tab.get_by_text("Confirm").click()
         assert len(session.finish()) == 1 and tab.problems == []
