@@ -219,8 +219,9 @@ def main(argv: list[str] | None = None) -> None:
     try:
         options.check_batches(args, accelerator.num_processes)
         given = Given(args, accelerator)
-        prompts = load_prompts(args.prompts) if args.prompts else given.prompts
-        numbered = list(dict.fromkeys([*prompts, *given.prompts]))
+        prompts = given.prompts if args.prompts is None else load_prompts(args.prompts)
+        known = set(prompts)
+        numbered = [*prompts, *(text for text in given.prompts if text not in known)]
         model = load_model(args, prompts, accelerator, numbered=numbered, on_call=bar.update)
         feedback = (HumanFeedback if people else ScorerFeedback)(args, prompts, accelerator)
         args.groups_given = given.groups

@@ -107,10 +107,12 @@ def describe(cost: Cost, model: Model, args: Namespace) -> str:
             f"{cost.rows_without_gradient:,} without and {cost.rows_with_gradient:,} with gradient "
             "to train.\n"
         )
+    first = " ".join(model.prompts[0].split())
     beside = "" if cost.memory_known else " of weights; what training adds is not known here"
     return (
         f"{args.model} on {device}; {args.precision}; "
         f"LoRA rank {args.lora_rank}: {cost.lora_weights / 1e6:.2f} M weights.\n"
+        f"Prompts of {args.prompts or args.labels}: {len(model.prompts)}, first: {first:.80}\n"
         f"{preset}{epoch}"
         f"beta {args.beta:.3g} per nat of a step's log-ratio, a sum over {D:,} latent elements;\n"
         f"as {args.beta * D:.3g} for their mean, which the released code takes. "

@@ -27,19 +27,17 @@ share an image come into one group, as long as it has at most MAX_GROUP images; 
 comparison are dealt out by quality, so that each group has good ones and bad ones.
 """
 
-import csv
 import functools
-import io
-import json
 import math
 import os
 import textwrap
 from argparse import Namespace
 from collections import defaultdict
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
+from sd import tables
 from sd.labels import LabelError, majority, parse_answer
 
 MAX_GROUP = 8  # images trained on together
@@ -125,7 +123,7 @@ def read_label_file(path: Path, images: Path | None = None) -> LabelFile:
 
     Raises LabelError, with file and line, for what cannot be understood, or if no pair is left.
     """
-    root = images or (path if path.is_dir() else path.parent)
+    root = images or (path if os.path.isdir(path) else path.parent)
     comparisons: dict[Hashable, Comparison] = {}
     for where, row in read_rows(path):
         try:
@@ -160,21 +158,21 @@ def read_label_file(path: Path, images: Path | None = None) -> LabelFile:
     return LabelFile(merge(pieces), ties, skipped, list(missing), first)
 
 
-def read_rows(path: Path) -> Iterator[tuple[str, Any]]:
+def read_rows(path: Path) -> tables.Rows:
     """The rows of a file or folder, each with the place where it stands."""
-    if path.is_dir():
-        return folder_rows(path)
-    readers = {".jsonl": jsonl_rows, ".json": json_rows, ".csv": csv_rows, ".tsv": csv_rows}
-    if path.suffix.lower() not in readers:
-        raise LabelError(f"{path}: give a file {', '.join(readers)}, or a folder with w/ and l/")
     try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise LabelError(f"{path}: the file cannot be read ({error})") from error
-    return readers[path.suffix.lower()](path, content)
+        if os.path.isdir(path):
+            yield from folder_rows(path)
+        elif path.suffix.lower() in tables.SUFFIXES:
+            yield from tables.read_rows(path, json_columns=NOT_TEXT, may_be_cut=True)
+        else:
+            known = ", ".join(tables.SUFFIXES)
+            raise LabelError(f"{path}: give a file {known}, or a folder with w/ and l/")
+    except ValueError as error:
+        raise LabelError(str(error)) from error
 
 
-def folder_rows(folder: Path) -> Iterator[tuple[str, Any]]:
+def folder_rows(folder: Path) -> tables.Rows:
     by_name = defaultdict(list)
     for file in [*sorted(folder.glob("w/*")), *sorted(folder.glob("l/*"))]:
         if file.suffix.lower() in IMAGE_SUFFIXES:
@@ -191,62 +189,6 @@ def folder_rows(folder: Path) -> Iterator[tuple[str, Any]]:
             raise LabelError(f"{files[0]}: it has {len(prompts)} prompts; give one, {captions[0]}")
         chosen, rejected = (f"{file.parent.name}/{file.name}" for file in files)
         yield f"{files[0]}", {"prompt": prompts.pop(), "chosen": chosen, "rejected": rejected}
-
-
-def jsonl_rows(path: Path, content: bytes) -> Iterator[tuple[str, Any]]:
-    lines = content.split(b"\n")
-    for number, line in enumerate(lines, 1):
-        where = f"{path}, line {number}"
-        try:
-            if line.strip():
-                yield where, parse_json(line, where)
-        except LabelError:
-            if number < len(lines) or number == 1:
-                raise  # it is not a last line that a kill cut short
-
-
-def json_rows(path: Path, content: bytes) -> Iterator[tuple[str, Any]]:
-    rows = parse_json(content, f"{path}")
-    if not isinstance(rows, list):
-        raise LabelError(f"{path}: this is no list; write [row, row, ...], or name it .jsonl")
-    return ((f"{path}, entry {number}", row) for number, row in enumerate(rows, 1))
-
-
-def parse_json(content: bytes, where: str) -> Any:
-    try:
-        return json.loads(content.decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise LabelError(f"{where}: this is not JSON in UTF-8 ({error})") from error
-
-
-def csv_rows(path: Path, content: bytes) -> Iterator[tuple[str, Any]]:
-    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
-    where, header = f"{path}, line 1", []
-    try:
-        text = io.StringIO(content.decode("utf-8-sig"), newline="")
-        table = csv.reader(text, delimiter=delimiter, skipinitialspace=True, strict=True)
-        for cells in table:
-            if header and len(cells) not in (0, len(header)):
-                sizes = f"{len(cells)} cells, but the first line has {len(header)}"
-                raise LabelError(f"{where}: the row has {sizes}; put text with commas in quotes")
-            if header and cells:
-                values = map(parse_cell, header, cells)
-                yield where, dict(zip(header, values, strict=True))
-            header = header or [name.strip() for name in cells]
-            where = f"{path}, line {table.line_num + 1}"
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise LabelError(f"{where}: this is no table in UTF-8 ({error})") from error
-
-
-def parse_cell(column: str, cell: str) -> Any:
-    """What JSON would have in place of a cell; text where there is no such thing."""
-    if column not in NOT_TEXT or not cell.strip():
-        return cell or None
-    try:
-        value = json.loads(cell)
-    except (ValueError, RecursionError):
-        return {"true": True, "false": False}.get(cell.strip().lower(), cell)
-    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def add_row(comparisons: dict[Hashable, Comparison], row: Any) -> None:

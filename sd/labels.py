@@ -31,7 +31,6 @@ Several people. Each question waits for as many answers as there are annotators;
 and `fleiss_kappa` says how far they agree.
 """
 
-import json
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -42,6 +41,7 @@ import torch
 from torch import Tensor
 
 import d3po
+from sd import tables
 
 
 class LabelError(ValueError):
@@ -151,10 +151,7 @@ def whole_lines(file: Path) -> bytes:
 
 def parse_line(line: bytes) -> dict:
     """A line of the file, with the fields that every line has. Raises ValueError otherwise."""
-    try:
-        row = json.loads(line.decode())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"this is not JSON ({error})") from error
+    row = tables.parse_json(line)
     if not isinstance(row, dict):
         raise ValueError('this is not a JSON object such as {"epoch": 3, ...}')
     for field, kind in {"epoch": int, "prompt": str, "images": list}.items():

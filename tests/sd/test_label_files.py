@@ -563,7 +563,11 @@ BAD_FILES = [
     ("x.csv", f"{HEADER}\n,a.png,b.png", ", line 3: the prompt is None"),
     ("x.csv", f"{HEADER}a cat,a.png,", ", line 2: an image is None"),
     ("x.csv", f'{HEADER}"a cat,a.png,b.png\n', ", line 2: this is no table"),
-    ("x.csv", HEADER.encode() + b"\xff,a.png,b.png", ", line 1: this is no table in UTF-8"),
+    (
+        "x.csv",
+        HEADER.encode() + b"\xff,a.png,b.png",
+        ", line 2: this is not UTF-8; save it as UTF-8",
+    ),
     ("x.csv", "prompt,images,h\na cat,\"['a.png', 'b.png']\",1", ", line 2: 'images' is \"['a"),
     ("x.csv", 'prompt,images,h\na cat,"[""a.png"", ""b.png""]",x', ", line 2: 'h' is 'x'"),
     ("x.csv", "prompt,image_path,rank,prompt_id\na cat,a.png,nan,7", ", line 2: 'rank' gives"),
