@@ -86,7 +86,7 @@ def train(run: Run, epochs_done: int, bar: tqdm) -> None:
         # Evaluate, log, save
         losses = gather_object(losses)
         rows = gather_object([label.row for of_batch in labels for label in of_batch])
-        stop = False
+        stop, problem = False, None
         if accelerator.is_main_process:
             eval_result = None
             if epoch in options.eval_epochs(args):
@@ -98,6 +98,7 @@ def train(run: Run, epochs_done: int, bar: tqdm) -> None:
                 "epoch": epoch,
                 "labels": memory.given + max(epoch - epochs_given, 0) * len(rows),
                 **metrics.mean_score(rows),
+                **metrics.label_counts(rows),
                 **metrics.eval_row(eval_result, initial_eval),
                 **policy_metrics(run, *first, sampled=bool(new)),
                 "loss": sum(losses) / len(losses) if losses else None,
@@ -117,10 +118,14 @@ def train(run: Run, epochs_done: int, bar: tqdm) -> None:
                 run.save(epoch)
                 memory.drop_batches()
                 run.feedback.status(f"Sampling, epoch {epoch + 1}")
-        (stop,) = broadcast_object_list([stop])
-        if stop:
+                if not stop:
+                    problem = metrics.nothing_to_learn(args.out)
+        stop, problem = broadcast_object_list([stop, problem])
+        if stop or problem:
             break
-    run.feedback.close(run.code())
+    run.feedback.close(run.code(), problem)
+    if problem:
+        raise LabelError(problem)
 
 
 def sample_epoch(run: Run, epoch: int) -> list[Batch]:

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 from argparse import Namespace
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from sd import figures, run_folder
 from sd.annotate import FAREWELL, AnnotationServer, listen
 from sd.label_files import epochs_given
 from sd.labels import Label, LabelError, pairs_of_group, pareto_preference, read_labels
-from sd.metrics import EvalResult, win_rate, win_rate_vs_reference
+from sd.metrics import EvalResult, mean_and_error, win_rate, win_rate_vs_reference
 from sd.model import Batch, Model, PipelinePolicy, sample_held_out, sample_stock
 from sd.run_folder import Stream
 from sd.scorers import load_scorers
@@ -39,7 +40,10 @@ class ScorerFeedback:
             "device": accelerator.device,
         }
         self.scorers = self.load(args.objective, prompts, options) if args.objective else []
-        self.watch = load_scorers(args.watch, prompts, **options)[0] if args.watch else None
+        watch = load_scorers(args.watch, prompts, **options) if args.watch else [None]
+        if len(watch) > 1:
+            raise ValueError(f"--watch {args.watch}: give one scorer")
+        self.watch = watch[0]
 
     def load(self, objective: str, prompts: list[str], options: dict) -> list:
         return load_scorers(objective, prompts, **options)
@@ -61,14 +65,26 @@ class ScorerFeedback:
         return [[label._replace(row=next(answered)) for label in labels] for labels in asked]
 
     def compare(self, batch: Batch, epoch: int) -> list[Label]:
-        """All comparisons inside the groups of a batch, with scores and h."""
+        """All comparisons inside the groups of a batch, with scores and h.
+
+        An image that one of the scorers gave no score is in none: there h is None.
+        """
         scores = self.scores(batch.images, batch.prompts)
+        known = scores.isfinite().all(0).tolist()
         pairs = [pair for group in batch.groups for pair in itertools.combinations(group, 2)]
         first, second = (list(side) for side in zip(*pairs, strict=True))
-        h = pareto_preference(scores[:, first], scores[:, second]).tolist()
-        values = scores.T.tolist() if len(scores) > 1 else scores[0].tolist()
+        filled = scores.nan_to_num()
+        h = pareto_preference(filled[:, first], filled[:, second]).tolist()
+        values = [[number(score) for score in of_image] for of_image in scores.T.tolist()]
+        values = values if len(scores) > 1 else [score for (score,) in values]
         return [
-            question(batch, epoch, chains, scores=[values[k] for k in chains], h=answer)
+            question(
+                batch,
+                epoch,
+                chains,
+                scores=[values[k] for k in chains],
+                h=answer if all(known[k] for k in chains) else None,
+            )
             for chains, answer in zip(pairs, h, strict=True)
         ]
 
@@ -80,11 +96,12 @@ class ScorerFeedback:
         image.save(file)
 
     def evaluate(self, images: list[Image.Image], prompts: list[str], kl=None) -> EvalResult:
-        watched = sum(self.watch(images, prompts)) / len(images) if self.watch else None
-        return EvalResult(images, prompts, self.scores(images, prompts), watched, kl)
+        watched = self.watch(images, prompts) if self.watch else []
+        mean, _ = mean_and_error(torch.tensor(watched, dtype=torch.float64))
+        return EvalResult(images, prompts, self.scores(images, prompts), mean, kl)
 
     def scores(self, images: list[Image.Image], prompts: list[str]) -> Tensor:
-        """(S, N), float64: scores as the S scorers gave them."""
+        """(S, N), float64: scores as the S scorers gave them; NaN where they gave none."""
         rows = [torch.tensor(score(images, prompts), dtype=torch.float64) for score in self.scorers]
         return torch.stack(rows) if rows else torch.empty(0, len(images))
 
@@ -93,8 +110,8 @@ class ScorerFeedback:
     def status(self, text: str) -> None:
         """What people see while there is no question."""
 
-    def close(self, code: str) -> None:
-        """The run has ended; code uses its LoRA."""
+    def close(self, code: str, reason: str | None) -> None:
+        """The run has ended. code uses its LoRA; reason: of one that cannot go on."""
 
 
 class HumanFeedback(ScorerFeedback):
@@ -151,11 +168,16 @@ class HumanFeedback(ScorerFeedback):
         if self.server:
             self.server.status(text)
 
-    def close(self, code: str) -> None:
+    def close(self, code: str, reason: str | None) -> None:
         if self.server:
             out = self.args.out
             where = f"The LoRA is in {out / 'lora'}; the report is {out / 'report.html'}."
-            self.server.close(f"{FAREWELL} {where}", code)
+            self.server.close(f"{f'{reason}.' if reason else FAREWELL} {where}", code)
+
+
+def number(score: float) -> float | None:
+    """A score as JSON has it."""
+    return score if math.isfinite(score) else None
 
 
 def question(batch: Batch, epoch: int, chains: list[int], *, scores=None, **answer) -> Label:

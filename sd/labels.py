@@ -11,8 +11,10 @@ two images, or tags of a group of K (Sec. 5.2).
     prompt     text: the prompt of all these images
     images     files, relative to the run's folder
     scores     what the scorer gave each image, higher is better (a list for each image where there
-               are several scorers); null where people judge
-    h          +1: the first image is better; -1: the second; 0: neither; null: skipped
+               are several scorers; null in place of a score that it did not give); null where
+               people judge
+    h          +1: the first image is better; -1: the second; 0: neither; null: skipped, or an
+               image has no score
     bad        in place of h: for each image whether it is bad; null: skipped
     annotator  who answered; where it is missing, one person without a name
     left       for h: which of the two images stood on the left of the page, 0 or 1
@@ -71,11 +73,13 @@ def pareto_preference(scores_a: Tensor, scores_b: Tensor) -> Tensor:
 def pairs_from_labels(labels: list[Label]) -> Tensor:
     """Rows (winner, loser) (P, 2) of a batch, int64, for the losses of d3po.py.
 
-    Ties give no row; of tags every good image beats every bad one of its group.
+    Ties and skips give no row; of tags every good image beats every bad one of its group.
     Paper: Alg. 1 lines 12-22; tags: Sec. 5.2.
     """
     pairs = [torch.empty(0, 2, dtype=torch.long)]
     for chains, row in labels:
+        if row[answer_field(row)] is None:
+            continue
         if answer_field(row) == "bad":
             inside = d3po.pairs_from_tags(torch.tensor([row["bad"]]))
         else:
@@ -104,6 +108,12 @@ def pairs_of_group(group: Sequence[int]) -> list[tuple[int, int]]:
 def answer_field(question: dict) -> str:
     """The key of the answer: "bad" for tags of a group, "h" for a pair."""
     return "bad" if "bad" in question else "h"
+
+
+def has_preference(row: dict) -> bool:
+    """Whether a label says that one of its images is better than another."""
+    answer = row[answer_field(row)]
+    return len(set(answer)) > 1 if isinstance(answer, list) else bool(answer)
 
 
 def validate_answer(question: dict, answer) -> str | None:

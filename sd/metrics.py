@@ -2,14 +2,17 @@
 
 import math
 import resource
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from sd.labels import pareto_preference
+from sd import run_folder
+from sd.labels import has_preference, pareto_preference
 
+TIED_EPOCHS = 3  # in a row in which no label says which image is better, after which a run stops
 KL_LIMIT = 30  # nats in the steps trained, about where the emoji model loses its animals
 
 
@@ -18,14 +21,14 @@ class EvalResult(NamedTuple):
 
     images: list[Image.Image]
     prompts: list[str]
-    scores: Tensor  # (S, N) of the S scorers; (0, N) where people judge
+    scores: Tensor  # (S, N) of the S scorers, NaN: none given; (0, N) where people judge
     watched: float | None  # mean of the scorer that is only reported
     kl: float | None = None  # of their chains to the initial model's, in the steps trained, nats
 
     @property
     def score(self) -> float | None:
         """Mean of the first scorer."""
-        return self.scores[0].mean().item() if len(self.scores) else None
+        return mean_and_error(self.scores[0])[0] if len(self.scores) else None
 
     def as_row(self) -> dict:
         """Under the names of metrics.jsonl."""
@@ -65,25 +68,59 @@ def kl(log_ratio: Tensor | None, trained_steps: int) -> dict:
 def mean_score(rows: list[dict]) -> dict:
     """Mean of the first scorer over the images of labels, and its standard error.
 
-    None where people gave the labels, or a file.
+    None where people gave the labels, or a file, or no image has a score.
     """
-    if not rows or rows[0]["scores"] is None:
-        return {"score": None, "score_sem": None}
+    scores = [math.nan if first is None else first for first, *_ in scores_by_image(rows)]
+    score, error = mean_and_error(torch.tensor(scores, dtype=torch.float64))
+    return {"score": score, "score_sem": error}
+
+
+def scores_by_image(rows: list[dict]) -> list[list[float | None]]:
+    """The scores of each image of labels, one of each scorer; empty where people judge."""
     by_image = {}
     for row in rows:
-        by_image |= zip(row["images"], row["scores"], strict=True)
-    first = [score[0] if isinstance(score, list) else score for score in by_image.values()]
-    scores = torch.tensor(first, dtype=torch.float64)
-    return {"score": scores.mean().item(), "score_sem": standard_error(scores)}
+        if row["scores"] is not None:
+            by_image |= zip(row["images"], row["scores"], strict=True)
+    return [score if isinstance(score, list) else [score] for score in by_image.values()]
 
 
-def standard_error(scores: Tensor) -> float:
-    return scores.std(correction=min(1, len(scores) - 1)).item() / len(scores) ** 0.5
+def mean_and_error(scores: Tensor) -> tuple[float, float] | tuple[None, None]:
+    """Mean of scores (N,) and its standard error, without those that are NaN; None if all are."""
+    scores = scores[scores.isfinite()]
+    if len(scores) == 0:
+        return None, None
+    deviation = scores.std(correction=min(1, len(scores) - 1)).item()
+    return scores.mean().item(), deviation / len(scores) ** 0.5
+
+
+def label_counts(rows: list[dict]) -> dict:
+    """How many labels of an epoch say which image is better, and how many images have no score.
+
+    rows: lines of labels.jsonl; None for both where there are none, as in a pass over --labels.
+    """
+    if not rows:
+        return {"preferences": None, "unscored": None}
+    unscored = sum(None in scores for scores in scores_by_image(rows))
+    return {"preferences": sum(map(has_preference, rows)), "unscored": unscored}
+
+
+def nothing_to_learn(run: Path) -> str | None:
+    """Why a run cannot go on, where no label of its last TIED_EPOCHS epochs says what is better."""
+    last = run_folder.read_lines(run / "metrics.jsonl")[-TIED_EPOCHS:]
+    if [row.get("preferences") for row in last] != [0] * TIED_EPOCHS:
+        return None
+    return (
+        f"No label of the epochs {last[0]['epoch']} to {last[-1]['epoch']} says which image is "
+        f"better, so there is nothing to learn: compare {run / 'labels.jsonl'} with its images, "
+        "and give another --objective if this one cannot tell them apart"
+    )
 
 
 def win_rate(h: Tensor) -> dict:
     """Share of comparisons h (N,) that the first wins, ties half, and its 95 % Wilson interval."""
     n, z = len(h), 1.96
+    if n == 0:
+        return {"pairs": 0, "win_rate": None, "win_rate_interval": None}
     share = (h.double().mean().item() + 1) / 2
     middle = share + z * z / (2 * n)
     half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
@@ -94,16 +131,19 @@ def win_rate(h: Tensor) -> dict:
 def win_rate_vs_reference(tuned: EvalResult, initial: EvalResult) -> dict:
     """Tuned against initial model, image by image: their win rate, and each one's means.
 
-    Where people judge there is only the watched score.
+    The win rate is that of the images to which all scorers gave a score. Where people judge there
+    is only the watched score.
     """
     result = {}
     if len(tuned.scores):
-        result = win_rate(pareto_preference(tuned.scores, initial.scores))
+        known = tuned.scores.isfinite().all(0) & initial.scores.isfinite().all(0)
+        h = pareto_preference(tuned.scores[:, known], initial.scores[:, known])
+        result = {**win_rate(h), "unscored": len(known) - len(h)}
     for name, found in (("initial", initial), ("tuned", tuned)):
         result[name] = {"watched": found.watched}
         if len(found.scores):
-            scores = {"score": found.score, "score_sem": standard_error(found.scores[0])}
-            result[name] = {**scores, **result[name]}
+            score, error = mean_and_error(found.scores[0])
+            result[name] |= {"score": score, "score_sem": error}
     return result
 
 
@@ -128,10 +168,13 @@ def format_metrics(row: dict, epochs: int, initial: dict) -> str:
     if row["score"] is not None:
         parts.append(f"score {row['score']:.3f} ± {row['score_sem']:.3f}")
     if row["eval_score"] is not None:
-        parts.append(f"held out {row['eval_score']:.3f} (initial {initial['eval_score']:.3f})")
+        parts.append(f"held out {beside(row, initial, 'eval_score')}")
+    if row["eval_win_rate"] is not None:
         parts.append(f"win rate {row['eval_win_rate']:.0%}")
     if row["watched"] is not None:
-        parts.append(f"watched {row['watched']:.3f} (initial {initial['watched']:.3f})")
+        parts.append(f"watched {beside(row, initial, 'watched')}")
+    if row["unscored"]:
+        parts.append(f"{row['unscored']} images without a score, in no label")
     if row["accuracy"] is not None:
         winners, losers = row["log_ratio_winners"], row["log_ratio_losers"]
         parts.append(f"accuracy {row['accuracy']:.0%}")
@@ -146,9 +189,16 @@ def format_metrics(row: dict, epochs: int, initial: dict) -> str:
     return "; ".join([*parts, *(f"WARNING: {warning}" for warning in warnings(row))])
 
 
+def beside(row: dict, initial: dict, key: str) -> str:
+    before = "has none" if initial[key] is None else f"{initial[key]:.3f}"
+    return f"{row[key]:.3f} (initial {before})"
+
+
 def warnings(row: dict) -> list[str]:
     """What a row of metrics.jsonl says of a model that seems to break."""
     found = []
+    if row["preferences"] == 0:
+        found.append("no label says which image is better: all are ties, skips or without a score")
     if (row["log_ratio_winners"] or 0) < 0:
         found.append("winners lose probability too; try a larger --beta or a smaller --lr")
     if (row["kl_trained"] or 0) > KL_LIMIT:

@@ -1,11 +1,19 @@
 """Scorers: the objectives of the paper's Sec. 5.1, and a function of your own. Higher is better."""
 
-import importlib.util
 import io
+import math
+import os
 import re
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager
+from importlib.machinery import ModuleSpec, PathFinder
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import nn
@@ -45,7 +53,7 @@ def load_scorers(
         "aesthetic": lambda: aesthetic(clip, head, device),
         "alignment": lambda: alignment(clip, device),
     }
-    names = objective.split(",")
+    names = split_objective(objective, makers)
     for name in names:
         if name not in makers and ".py:" not in name:
             known = ", ".join([*makers, "human", "tags"])
@@ -57,6 +65,21 @@ def load_scorers(
         makers[name]() if name in makers else load_custom_scorer(*name.rsplit(":", 1), prompts)
         for name in names
     ]
+
+
+def split_objective(objective: str, known: Collection[str]) -> list[str]:
+    """The names between the commas. A path may have commas too: it ends with .py:FUNCTION.
+
+    So a path that begins with the name of a scorer and a comma needs ./ before it.
+    """
+    names, parts = [], []
+    for part in objective.split(","):
+        parts.append(part)
+        name = ",".join(parts).strip()
+        if name in known or ".py:" in name:
+            names.append(name)
+            parts = []
+    return names + parts
 
 
 def jpeg_kb(image: Image.Image) -> float:
@@ -74,35 +97,137 @@ def incompressibility(images: list[Image.Image], prompts: list[str]) -> list[flo
     return [jpeg_kb(image) for image in images]
 
 
+class Surroundings:
+    """What a scorer of one's own has as in a script run from its folder, and nobody else sees.
+
+    In `entered`, modules of its folder come before those installed, and the working folder and
+    torch's switches are as the scorer left them. Outside all is as if it had never run: another
+    scorer may have a helper of the same name.
+    """
+
+    def __init__(self, file: str):
+        self.file = Path(file).resolve()
+        self.modules, self.own, self.switches = {}, set(), None
+
+    @contextmanager
+    def entered(self) -> Iterator[None]:
+        outside, hidden = get_switches(), {}
+        for name in self.modules.keys() & sys.modules.keys():
+            hidden[name] = sys.modules[name]
+        sys.modules.update(self.modules)
+        sys.meta_path.insert(sys.meta_path.index(PathFinder), self)
+        set_switches(self.switches or outside)
+        try:
+            yield
+        finally:
+            self.switches = get_switches()
+            set_switches(outside)
+            sys.meta_path.remove(self)
+            for name in list(sys.modules):
+                if name.partition(".")[0] in self.own:
+                    self.modules[name] = sys.modules.pop(name)
+            sys.modules.update(hidden)
+
+    def find_spec(self, name: str, path=None, target=None) -> ModuleSpec | None:
+        """As importlib asks, of a module that it has not loaded."""
+        if path is not None:
+            return None  # inside a package
+        spec = PathFinder.find_spec(name, [str(self.file.parent)])
+        if spec is None or spec.loader is None or spec.origin == str(self.file):
+            # Before a plain folder, and before the scorer itself, comes what is installed
+            return PathFinder.find_spec(name) or self.take(spec)
+        return self.take(spec)
+
+    def take(self, spec: ModuleSpec | None) -> ModuleSpec | None:
+        self.own |= {spec.name} if spec else set()
+        return spec
+
+    def load(self) -> ModuleType:
+        """Run the file."""
+        name = "scorer_" + re.sub(r"\W", "_", self.file.stem)
+        module = module_from_spec(self.take(spec_from_file_location(name, self.file)))
+        sys.modules[name] = module  # dataclasses look there
+        module.__spec__.loader.exec_module(module)
+        return module
+
+
+def get_switches() -> tuple:
+    """What a scorer may set for the whole process."""
+    modes = torch.is_grad_enabled(), torch.get_default_dtype(), torch.get_default_device()
+    return os.getcwd(), *modes
+
+
+def set_switches(switches: tuple) -> None:
+    folder, grad, dtype, device = switches
+    os.chdir(folder)
+    torch.set_grad_enabled(grad)
+    torch.set_default_dtype(dtype)
+    if device != torch.get_default_device():
+        torch.set_default_device(device)
+
+
 def load_custom_scorer(file: str, function: str, prompts: list[str]) -> Scorer:
-    """A function of a Python file; tried on two grey images, so that mistakes show at once."""
-    if not Path(file).is_file():
+    """A function of a Python file; tried on two grey images, so that mistakes show at once.
+
+    It gets copies. Its answer may be a list, array or tensor; None, NaN or an infinite number for
+    an image means that there is no score, and comes out as NaN.
+    """
+    if not os.path.isfile(file):
         raise ValueError(f"there is no file {file} with a scorer '{function}'")
+    title, home = f"{file}:{function}", Surroundings(file)
     try:
-        spec = importlib.util.spec_from_file_location(Path(file).stem, file)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        scorer = getattr(module, function)
-    except Exception as error:
+        with home.entered():
+            scorer = getattr(home.load(), function, None)
+    except (Exception, SystemExit) as error:
         problem = f"{type(error).__name__}: {error}"
-        raise ScorerError(f"{file}:{function} cannot be loaded ({problem})") from error
-    title = f"the scorer {file}:{function}"
+        raise ScorerError(f"{title} cannot be loaded ({problem})") from error
+    if not callable(scorer):
+        raise ScorerError(f"{title} cannot be loaded (the file has no function '{function}')")
 
     def checked(images, prompts):
         try:
-            scores = torch.as_tensor(scorer(images, prompts), dtype=torch.float64)
-        except Exception as error:
-            raise ScorerError(f"{title} raised {type(error).__name__}: {error}") from error
-        shape, expected = tuple(scores.shape), (len(images),)
-        if shape != expected:
-            problem = f"gave numbers of shape {shape}, not {expected}"
-            raise ScorerError(f"{title} {problem}: it must give one for each image")
-        if not scores.isfinite().all():
-            raise ScorerError(f"{title} gave a score that is not finite: {scores.tolist()}")
-        return scores.tolist()
+            with home.entered():
+                answer = scorer([image.copy() for image in images], list(prompts))
+                return read_scores(answer, len(images))
+        except ScorerError as error:
+            problem = f"gave {error}: give one number for each image"
+            raise ScorerError(f"the scorer {title} {problem}") from error
+        except (Exception, SystemExit) as error:
+            problem = f"raised {type(error).__name__}: {error}"
+            raise ScorerError(f"the scorer {title} {problem}") from error
 
     checked([Image.new("RGB", (64, 64), "grey")] * 2, (prompts * 2)[:2])
     return checked
+
+
+def read_scores(answer: Any, count: int) -> list[float]:
+    """A finite number for each of so many images, or NaN. Raises ScorerError: what was given."""
+    kind = "nothing" if answer is None else f"a {type(answer).__name__}"
+    if isinstance(answer, str | bytes | Mapping | Set) or not isinstance(answer, Iterable):
+        raise ScorerError(kind)
+    if hasattr(answer, "tolist"):  # an array, or a tensor
+        if tuple(answer.shape) != (count,):
+            raise ScorerError(f"numbers of shape {tuple(answer.shape)}, not {(count,)}")
+        answer = answer.tolist()
+    values = list(answer)
+    wrong = [value for value in values if not is_score(value)]
+    if isinstance(answer, tuple) and (wrong or len(values) != count):
+        raise ScorerError(kind)
+    if wrong:
+        raise ScorerError(f"{kind} with {wrong[0]!r:.60}")
+    if len(values) != count:
+        raise ScorerError(f"{len(values)} of {count} numbers")
+    values = [value.item() if hasattr(value, "item") else value for value in values]
+    scores = [math.nan if value is None else float(value) for value in values]
+    return [score if math.isfinite(score) else math.nan for score in scores]
+
+
+def is_score(value: Any) -> bool:
+    if isinstance(value, str | bytes | complex | np.complexfloating):
+        return False
+    if torch.is_tensor(value):
+        return value.numel() == 1 and not value.is_complex()
+    return value is None or hasattr(value, "__float__") and getattr(value, "size", 1) == 1
 
 
 def load_clip(name: str, device) -> tuple:

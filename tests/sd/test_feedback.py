@@ -12,6 +12,7 @@ from sd_helpers import FLAGS, read_rows
 import d3po
 from sd import options
 from sd.feedback import HumanFeedback, ScorerFeedback
+from sd.label_files import read_label_file
 from sd.labels import LabelError, pairs_from_labels
 from sd.metrics import mean_score
 from sd.model import Batch
@@ -125,6 +126,76 @@ def test_an_evaluation_has_all_scores_and_the_mean_of_what_is_only_reported(scor
     means = [np.asarray(image).mean() for image in images[:3]]
     assert found.watched == pytest.approx(np.mean(means))
     assert make_feedback("incompressibility").evaluate(*three).watched is None
+
+
+SOME_SCORES = """
+import numpy as np
+from PIL import ImageDraw
+
+def dark_only(images, prompts):
+    means = [np.asarray(image).mean() for image in images]
+    return [None if mean > 100 else mean for mean in means]
+
+def vandal(images, prompts):
+    for image in images:
+        ImageDraw.Draw(image).rectangle([0, 0, 99, 99], fill="black")
+    return [prompts.pop() and float("-inf") for _ in images]
+"""
+GREYS = [Image.new("L", (8, 8), level).convert("RGB") for level in (200, 50, 60)]
+
+
+@pytest.fixture
+def some_scores(tmp_path):
+    (tmp_path / "some.py").write_text(SOME_SCORES)
+    return tmp_path / "some.py"
+
+
+def test_an_image_without_a_score_is_in_no_label(some_scores, tmp_path):
+    (tmp_path / "images").mkdir()
+    feedback = make_feedback(f"{some_scores}:dark_only", tmp_path)
+    batch = make_batch(GREYS, K=3)
+    (labels,) = feedback.label([batch], 3)
+    rows = read_rows(tmp_path / "labels.jsonl")  # as strict JSON
+    assert rows == [label.row for label in labels]
+    assert [row["h"] for row in rows] == [None, None, -1]
+    assert [row["scores"] for row in rows] == [[None, 50], [None, 60], [50, 60]]
+    assert pairs_from_labels(labels).tolist() == [[2, 1]]
+    result = read_label_file(tmp_path / "labels.jsonl")  # --labels takes it up
+    assert (result.skipped, [group.pairs for group in result.groups]) == (2, [[(0, 1)]])
+
+
+def test_several_scorers_must_all_give_a_score(some_scores):
+    feedback = make_feedback(f"compressibility,{some_scores}:dark_only")
+    rows = [label.row for label in feedback.compare(make_batch(GREYS, K=3), 3)]
+    assert [row["h"] is None for row in rows] == [True, True, False]
+    assert rows[0]["scores"][0][1] is None and rows[0]["scores"][0][0] == -jpeg_kb(GREYS[0])
+
+
+def test_means_are_over_the_images_with_a_score(some_scores):
+    feedback = make_feedback("compressibility", watch=f"{some_scores}:dark_only")
+    assert feedback.evaluate(GREYS, ["a cat"] * 3).watched == 55
+    assert feedback.evaluate(GREYS[:1], ["a cat"]).watched is None
+
+
+def test_nothing_that_a_scorer_does_to_what_it_gets_is_seen_by_another(
+    some_scores, scorers, tmp_path
+):
+    (tmp_path / "images").mkdir()
+    objective = f"{some_scores}:vandal,{scorers}:brightness"
+    feedback = make_feedback(objective, tmp_path, watch=f"{some_scores}:vandal")
+    images, prompts = [image.copy() for image in GREYS], ["a cat"] * 3
+    batch = make_batch(images, K=3)
+    (labels,) = feedback.label([batch], 3)
+    assert labels[0].row["scores"] == [[None, 200], [None, 50]] and len(batch.prompts) == 3
+    for image, file in zip(GREYS, batch.files, strict=True):
+        assert np.array_equal(np.asarray(Image.open(tmp_path / file)), np.asarray(image))
+    assert feedback.evaluate(images, prompts).scores[1].tolist() == [200, 50, 60]
+    assert len(prompts) == 3
+
+
+def test_one_scorer_is_watched(scorers):
+    with pytest.raises(ValueError, match="--watch .*: give one scorer"):
+        make_feedback("compressibility", watch=f"{scorers}:blue,{scorers}:same")
 
 
 def test_scores_keep_all_digits(scorers, images):

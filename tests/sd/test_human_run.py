@@ -2,6 +2,7 @@
 
 import http.client
 import io
+import itertools
 import json
 import os
 import shlex
@@ -30,7 +31,7 @@ from test_annotate import (
 )
 
 import sd_demo
-from sd import annotate
+from sd import annotate, figures
 from sd.run_folder import ROOT
 from sd.scorers import jpeg_kb
 
@@ -131,6 +132,26 @@ def test_a_run_asks_trains_and_ends(tiny, tmp_path, monkeypatch):
     assert metrics["accuracy"] is not None and metrics["loss"] > 0
     assert metrics["score"] is metrics["eval_score"] is None
     assert lora_of(out)
+
+
+@pytest.mark.parametrize("objective, answers", [("tags", [[False] * 2]), ("human", [None, 0])])
+def test_people_who_prefer_nothing_in_three_epochs_end_the_run(
+    tiny, tmp_path, monkeypatch, objective, answers
+):
+    monkeypatch.setattr(annotate, "FAREWELL_SECONDS", 0)
+    monkeypatch.setattr(annotate, "UNDO_SECONDS", 0)
+    monkeypatch.setattr(figures, "draw_run", lambda run: [])
+    said, close = [], annotate.AnnotationServer.close
+    monkeypatch.setattr(
+        annotate.AnnotationServer, "close", lambda *args: said.append(args[1]) or close(*args)
+    )
+    out = tmp_path / "run"
+    argv = new_run(tiny, out, f"--objective {objective} --epochs 5 --pairs-per-epoch 2")
+    given = itertools.cycle(answers)
+    with pytest.raises(SystemExit, match="No label of the epochs 1 to 3 says .*The run stops"):
+        run_with_people(argv, free_port(), lambda *_: next(given))
+    assert len(read_rows(out)) == 6 and last_metrics(out)["epoch"] == 3
+    assert said[0].startswith("No label of the epochs 1 to 3") and lora_of(out)
 
 
 @pytest.mark.slow

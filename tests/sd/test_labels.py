@@ -286,11 +286,19 @@ def test_tags_become_pairs_of_their_own_group():
 
 
 @pytest.mark.parametrize(
-    "nothing", [[], [pair(0, 1, 0)], [Label([0, 1], {"images": ["a", "b"], "bad": [True, True]})]]
+    "nothing",
+    [
+        [],
+        [pair(0, 1, 0)],
+        [pair(0, 1, None)],
+        [Label([0, 1], {"images": ["a", "b"], "bad": [True, True]})],
+        [Label([0, 1], {"images": ["a", "b"], "bad": None})],
+    ],
 )
 def test_without_a_preference_there_is_no_pair(nothing):
     pairs = labels.pairs_from_labels(nothing)
     assert pairs.shape == (0, 2) and pairs.dtype == torch.int64
+    assert not any(labels.has_preference(row) for _, row in nothing)
 
 
 @examples

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from sd import metrics
+from sd import metrics, run_folder
 from sd.metrics import EvalResult
 
 
@@ -49,7 +49,7 @@ def test_the_mean_score_is_that_of_the_first_scorer():
 
 
 def test_the_standard_error_of_one_score_is_zero():
-    assert metrics.standard_error(torch.tensor([3.0])) == 0
+    assert metrics.mean_and_error(torch.tensor([3.0])) == (3, 0)
 
 
 def scored(scores, watched=None) -> EvalResult:
@@ -103,6 +103,8 @@ ROW = {
     "log_ratio_losers": -0.5,
     "kl": 12.0,
     "kl_trained": 9.0,
+    "preferences": 4,
+    "unscored": 0,
     "loss": 0.6,
     "skipped": 0,
     "seconds_sample": 1.0,
@@ -117,6 +119,9 @@ LINES = [
     ({"log_ratio_winners": -0.1}, ["WARNING: winners lose probability", "--beta"]),
     ({"kl_trained": metrics.KL_LIMIT + 1.0}, ["WARNING: KL", "progress.png"]),
     ({"skipped": 2}, ["2 updates skipped"]),
+    ({"unscored": 3}, ["3 images without a score, in no label"]),
+    ({"preferences": 0}, ["WARNING: no label says which image is better"]),
+    ({"score": None, "score_sem": None, "unscored": 8}, ["epoch 3/9; 8 images without a score"]),
 ]
 
 
@@ -141,7 +146,88 @@ def test_a_pass_over_the_labels_of_a_file_has_no_kl_of_its_own():
     assert "KL" not in metrics.format_metrics(row, 9, {})
 
 
-def test_an_epoch_of_ties_has_a_line_without_a_warning():
+def test_a_score_is_shown_where_the_initial_model_had_none():
+    row = ROW | {"eval_score": -1.0, "watched": 0.5}
+    line = metrics.format_metrics(row, 9, {"eval_score": None, "watched": None})
+    assert "held out -1.000 (initial has none); watched 0.500 (initial has none)" in line
+    assert "win rate" not in line
+
+
+def test_an_epoch_of_ties_has_a_line_with_one_warning():
     ties = dict.fromkeys(("accuracy", "margin", "log_ratio_winners", "log_ratio_losers", "loss"))
-    line = metrics.format_metrics(ROW | ties, 9, {})
-    assert "WARNING" not in line and "accuracy" not in line
+    line = metrics.format_metrics(ROW | ties | {"preferences": 0}, 9, {})
+    assert line.count("WARNING") == 1 and "accuracy" not in line
+
+
+# Images without a score, and labels without a preference
+
+NAN = float("nan")
+
+
+def test_scores_that_are_missing_are_in_no_mean():
+    rows = [
+        {"images": ["a", "b"], "scores": [1.0, None], "h": None},
+        {"images": ["a", "c"], "scores": [1.0, 4.0], "h": -1},
+        {"images": ["b", "c"], "scores": [None, 4.0], "h": None},
+    ]
+    assert metrics.mean_score(rows) == {"score": 2.5, "score_sem": pytest.approx(1.5)}
+    assert metrics.label_counts(rows) == {"preferences": 1, "unscored": 1}
+    assert metrics.mean_score(rows[:1])["score"] == 1
+    none = [{"images": ["a", "b"], "scores": [None, None], "h": None}]
+    assert metrics.mean_score(none) == {"score": None, "score_sem": None}
+    assert metrics.label_counts(none) == {"preferences": 0, "unscored": 2}
+
+
+def test_an_image_has_no_score_where_one_of_several_scorers_gave_none():
+    rows = [{"images": ["a", "b"], "scores": [[1.0, None], [3.0, 9.0]], "h": None}]
+    assert metrics.mean_score(rows)["score"] == 2
+    assert metrics.label_counts(rows) == {"preferences": 0, "unscored": 1}
+
+
+def test_labels_of_people_and_of_files_are_counted():
+    tags = [
+        {"images": ["a", "b"], "scores": None, "bad": bad} for bad in ([True, False], [True] * 2)
+    ]
+    assert metrics.label_counts(tags) == {"preferences": 1, "unscored": 0}
+    pairs = [{"images": ["a", "b"], "scores": None, "h": h} for h in (1, 0, -1, 0)]
+    assert metrics.label_counts(pairs) == {"preferences": 2, "unscored": 0}
+    assert metrics.label_counts([]) == {"preferences": None, "unscored": None}
+
+
+def test_the_win_rate_is_that_of_images_with_a_score():
+    tuned, initial = scored([2.0, NAN, 0.0, 4.0], NAN), scored([1.0, 1.0, NAN, 5.0])
+    found = metrics.win_rate_vs_reference(tuned, initial)
+    assert (found["pairs"], found["unscored"], found["win_rate"]) == (2, 2, 0.5)
+    assert (found["tuned"]["score"], found["initial"]["score"]) == (2, pytest.approx(7 / 3))
+    nothing = metrics.win_rate_vs_reference(tuned, scored([NAN] * 4))
+    assert nothing["win_rate"] is None and nothing["pairs"] == 0
+    assert nothing["initial"]["score"] is nothing["initial"]["score_sem"] is None
+    assert metrics.eval_row(scored([NAN] * 4), initial)["eval_win_rate"] is None
+
+
+@pytest.mark.parametrize(
+    "preferences, stops",
+    [
+        ([0, 0, 0], True),
+        ([4, 0, 0, 0], True),
+        ([0, 0], False),
+        ([0, 0, 1], False),
+        ([0, 1, 0, 0], False),
+        ([None, 0, 0], False),  # of labels that were there already
+        ([None] * 3, False),
+        ([], False),
+    ],
+)
+def test_three_epochs_in_a_row_without_a_preference_end_a_run(tmp_path, preferences, stops):
+    rows = [{"epoch": n, "preferences": count} for n, count in enumerate(preferences, 1)]
+    run_folder.append(tmp_path / "metrics.jsonl", rows)
+    sentence = metrics.nothing_to_learn(tmp_path)
+    assert bool(sentence) == stops
+    if stops:
+        assert f"epochs {len(rows) - 2} to {len(rows)} says which" in sentence
+        assert "another --objective" in sentence and "\n" not in sentence
+
+
+def test_rows_of_an_earlier_version_do_not_end_a_run(tmp_path):
+    run_folder.append(tmp_path / "metrics.jsonl", [{"epoch": n} for n in range(1, 5)])
+    assert metrics.nothing_to_learn(tmp_path) is None

@@ -2,7 +2,9 @@
 
 import io
 import itertools
+import math
 import re
+import sys
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from PIL import Image
 from torch import nn
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
 
-from sd.scorers import ScorerError, jpeg_kb, load_scorers
+from sd.scorers import ScorerError, get_switches, jpeg_kb, load_scorers, split_objective
 from toy.emoji_sd import models
 
 PROMPTS = ["a cat", "an ant", "a dog"]
@@ -19,15 +21,28 @@ WIDTH = {"hidden_size": 16, "intermediate_size": 32}
 DEPTH = {"num_hidden_layers": 1, "num_attention_heads": 2}
 MISTAKES = """
 import numpy as np
+import sys
+import torch
 
 def column(images, prompts): return np.zeros((len(images), 1))
 def one(images, prompts): return 1.0
 def few(images, prompts): return [1.0]
-def nan(images, prompts): return [float("nan")] * len(images)
 def words(images, prompts): return prompts
 def none(images, prompts): pass
+def pair(images, prompts): return [1.0] * len(images), {}
+def long_pair(images, prompts): return (1.0, 2.0, 3.0)
+def lists(images, prompts): return [[1.0] * len(images), {}]
+def scores(images, prompts): return {"scores": [1.0] * len(images)}
+def unordered(images, prompts): return {1.0, 2.0}
+def text(images, prompts): return "12"
+def waves(images, prompts): return [1j] * len(images)
+def wave_tensor(images, prompts): return torch.zeros(len(images), dtype=torch.complex64)
+def wave_array(images, prompts): return list(np.zeros(len(images), dtype=np.complex64))
+def vectors(images, prompts): return [np.zeros(3)] * len(images)
 def raises(images, prompts): raise RuntimeError("no luck\\nat all")
+def leaves(images, prompts): sys.exit(3)
 def later(images, prompts): return [1.0] * (len(images) if len(images) == 2 else 1)
+not_a_function = 3
 """
 
 
@@ -171,14 +186,25 @@ def test_your_own_scorer(images, scorers):
 @pytest.mark.parametrize(
     "function, message",
     [
-        ("column", r"\(2, 1\), not \(2,\)"),
-        ("one", r"shape \(\), not"),
-        ("few", r"\(1,\), not \(2,\)"),
-        ("nan", "not finite"),
-        ("words", "raised"),
-        ("none", "raised"),
+        ("column", r"gave numbers of shape \(2, 1\), not \(2,\): give one number for each image"),
+        ("one", "gave a float: give one number for each image"),
+        ("few", "gave 1 of 2 numbers: give one"),
+        ("words", "gave a list with 'a cat': give one"),
+        ("none", "gave nothing: give one"),
+        ("pair", "gave a tuple: give one"),
+        ("long_pair", "gave a tuple: give one"),
+        ("lists", r"gave a list with \[1.0, 1.0\]: give one"),
+        ("scores", "gave a dict: give one"),
+        ("unordered", "gave a set: give one"),
+        ("text", "gave a str: give one"),
+        ("waves", "gave a list with 1j"),
+        ("wave_tensor", "gave a Tensor with 0j"),
+        ("wave_array", "gave a list with .*0j"),
+        ("vectors", "gave a list with array"),
+        ("leaves", "raised SystemExit: 3"),
+        ("not_a_function", "no function 'not_a_function'"),
         ("raises", "RuntimeError: no luck"),
-        ("missing", "missing"),
+        ("missing", "no function 'missing'"),
     ],
 )
 def test_mistakes_of_your_own_scorer_show_when_it_is_loaded(mistakes, function, message):
@@ -189,8 +215,169 @@ def test_mistakes_of_your_own_scorer_show_when_it_is_loaded(mistakes, function, 
 
 def test_a_scorer_that_fails_later_is_named_too(mistakes, images):
     (score,) = load_scorers(f"{mistakes}:later", PROMPTS)
-    with pytest.raises(ScorerError, match="mine.py:later gave numbers of shape"):
+    with pytest.raises(ScorerError, match="mine.py:later gave 1 of 3 numbers"):
         score(images, PROMPTS)
+
+
+ANSWERS = """
+from decimal import Decimal
+from fractions import Fraction
+import numpy as np
+import torch
+
+nan, inf = float("nan"), float("inf")
+def f(images, prompts): return ANSWER
+"""
+GOOD_ANSWERS = {  # what a function returns for three images: the scores, None where there are none
+    "[1, 2.5, None]": [1, 2.5, None],
+    "[nan, inf, -inf]": [None, None, None],
+    "(1, 2, 3)": [1, 2, 3],
+    "[True, False, np.bool_(True)]": [1, 0, 1],
+    "[np.float16(0.5), np.int64(2), np.float32('nan')]": [0.5, 2, None],
+    "[Fraction(1, 2), Decimal('0.25'), Decimal('NaN')]": [0.5, 0.25, None],
+    "[torch.tensor(0.5), torch.tensor([2.0]), np.array([3])]": [0.5, 2, 3],
+    "np.array([1, 2, 3]) > 1": [0, 1, 1],
+    "np.array([1, None, 0.5], dtype=object)": [1, None, 0.5],
+    "torch.tensor([1.0, 2.0, nan], requires_grad=True)": [1, 2, None],
+    "torch.tensor([1, 2, 3]).bfloat16()": [1, 2, 3],
+    "torch.tensor([True, False, True])": [1, 0, 1],
+    "(0.5 * n for n in range(3))": [0, 0.5, 1],
+    "dict(a=1, b=2, c=3).values()": [1, 2, 3],
+}
+
+
+@pytest.mark.parametrize("answer", GOOD_ANSWERS)
+def test_scores_may_come_in_any_numbers(tmp_path, images, answer):
+    file = tmp_path / "s.py"
+    inside = "[None] * 2 if images[0].width == 64 else " + answer  # of the trial
+    file.write_text(ANSWERS.replace("ANSWER", inside))
+    (score,) = load_scorers(f"{file}:f", PROMPTS)
+    found = score(images, PROMPTS)
+    assert all(type(value) is float for value in found)
+    assert [None if math.isnan(value) else value for value in found] == GOOD_ANSWERS[answer]
+
+
+def test_a_number_that_no_float_holds_is_said(tmp_path):
+    file = tmp_path / "s.py"
+    file.write_text("def f(images, prompts): return [10**400] * len(images)")
+    with pytest.raises(ScorerError, match="s.py:f raised OverflowError"):
+        load_scorers(f"{file}:f", PROMPTS)
+
+
+# A file is like a script that is run from its folder
+
+LIKE_A_SCRIPT = """
+from __future__ import annotations
+from dataclasses import dataclass
+import helper, package.part, plain.part
+
+@dataclass
+class Weights:
+    scale: float = helper.SCALE
+
+def f(images, prompts):
+    import late
+    assert Weights.__module__ in __import__("sys").modules
+    return [Weights().scale + late.EXTRA + package.part.N + plain.part.N for _ in images]
+"""
+
+
+def make_script(folder, scale: int):
+    for name in ("package", "plain"):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "part.py").write_text("N = 0")
+    (folder / "package" / "__init__.py").write_text("")
+    (folder / "helper.py").write_text(f"SCALE = {scale}")
+    (folder / "late.py").write_text(f"EXTRA = {scale / 10}")
+    (folder / "my scorer.v2.py").write_text(LIKE_A_SCRIPT)
+    return folder / "my scorer.v2.py"
+
+
+def test_helpers_beside_a_file_are_its_own(tmp_path, images):
+    """Two folders with helpers of the same names, imported at once and late; commas in the path."""
+    first, second = (make_script(tmp_path / f"{name}, b", n) for n, name in ((1, "a"), (2, "c")))
+    modules, finders = dict(sys.modules), list(sys.meta_path)
+    scorers = load_scorers(f"compressibility, {first}:f,{second}:f", PROMPTS)
+    for _ in range(2):
+        assert scorers[1](images, PROMPTS) == [1.1] * 3
+        assert scorers[2](images, PROMPTS) == [2.2] * 3
+    assert sys.meta_path == finders
+    assert modules.items() <= sys.modules.items()
+    assert not {"helper", "late", "package", "plain"} & sys.modules.keys()
+
+
+def test_a_file_may_have_the_name_of_a_library(tmp_path):
+    """And one beside it may not hide what Python itself is made of."""
+    (tmp_path / "wave.py").write_text(
+        "import wave\ndef f(i, p): return [hasattr(wave, 'Error')] * 2"
+    )
+    (tmp_path / "time.py").write_text("raise RuntimeError")
+    (tmp_path / "numpy").mkdir()
+    load_scorers(f"{tmp_path}/wave.py:f", PROMPTS)[0]([Image.new("L", (8, 8))] * 2, PROMPTS)
+    sys.modules.pop("wave", None)
+    import wave
+
+    assert wave.Error
+
+
+SWITCHES = """
+import os, torch
+
+torch.set_grad_enabled(False)
+torch.set_default_dtype(torch.float64)
+torch.set_default_device("meta")
+os.chdir(os.path.dirname(__file__))
+
+def f(images, prompts):
+    assert not torch.is_grad_enabled() and torch.ones(1).dtype == torch.float64
+    return [float(open("number.txt").read())] * len(images)
+
+def g(images, prompts):
+    os.chdir("/")
+    torch.set_default_dtype(torch.float16)
+    raise RuntimeError
+"""
+
+
+def test_what_a_scorer_switches_in_the_process_is_its_own(tmp_path, images):
+    (tmp_path / "number.txt").write_text("7")
+    (tmp_path / "s.py").write_text(SWITCHES)
+    before = get_switches()
+    (score,) = load_scorers(f"{tmp_path}/s.py:f", PROMPTS)
+    assert score(images, PROMPTS) == score(images, PROMPTS) == [7] * 3
+    with pytest.raises(ScorerError):
+        load_scorers(f"{tmp_path}/s.py:g", PROMPTS)
+    assert get_switches() == before and torch.ones(1).device.type == "cpu"
+
+
+def test_a_scorer_gets_copies(tmp_path, images):
+    file = tmp_path / "s.py"
+    lines = ["def f(images, prompts):", " images[0].putpixel((0, 0), 0)", " prompts.clear()"]
+    file.write_text("\n".join([*lines, " images.reverse()", " return [1] * len(images)"]))
+    (score,) = load_scorers(f"{file}:f", PROMPTS)
+    given, prompts = [image.copy() for image in images], list(PROMPTS)
+    score(given, prompts)
+    assert given == images and prompts == PROMPTS
+
+
+SPLIT = {
+    "compressibility,incompressibility": ["compressibility", "incompressibility"],
+    " compressibility , a.py:f ": ["compressibility", "a.py:f"],
+    "a.py:f,b.py:g": ["a.py:f", "b.py:g"],
+    "x,y/a.py:f,compressibility": ["x,y/a.py:f", "compressibility"],
+    "x,compressibility,y/a.py:f": ["x,compressibility,y/a.py:f"],
+    "./compressibility,v2/a.py:f": ["./compressibility,v2/a.py:f"],
+    "C:\\x\\a.py:f,b.py:g": ["C:\\x\\a.py:f", "b.py:g"],
+    "compressibility,,b.py:g": ["compressibility", ",b.py:g"],
+    "beauty,compressibility": ["beauty", "compressibility"],
+    "": [""],
+}
+
+
+@pytest.mark.parametrize("objective", SPLIT)
+def test_a_comma_ends_a_name_but_not_a_folder(objective):
+    known = {"compressibility", "incompressibility"}
+    assert split_objective(objective, known) == SPLIT[objective]
 
 
 def test_a_scorer_is_tried_on_the_prompts_of_the_run(tmp_path):

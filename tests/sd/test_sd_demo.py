@@ -337,9 +337,9 @@ def test_a_run_leaves_its_folder(done, tiny):
 
 def test_metrics_have_the_keys_of_the_design(done):
     out, _ = done
-    keys = """epoch labels score score_sem eval_score eval_win_rate watched accuracy margin kl
-        kl_trained eval_kl loss skipped log_ratio_winners log_ratio_losers seconds_sample
-        seconds_train peak_memory_mb""".split()
+    keys = """epoch labels preferences unscored score score_sem eval_score eval_win_rate watched
+        accuracy margin kl kl_trained eval_kl loss skipped log_ratio_winners log_ratio_losers
+        seconds_sample seconds_train peak_memory_mb""".split()
     first, second = rows = read_rows(out / "metrics.jsonl")
     assert [set(row) for row in rows] == [set(keys)] * 2
     assert [row["epoch"] for row in rows] == [1, 2] and [row["labels"] for row in rows] == [6, 12]
@@ -503,6 +503,58 @@ def test_an_epoch_of_ties_trains_nothing_and_goes_on(tiny, scorers, tmp_path, no
     state = torch.load(out / "checkpoint" / "state.pt")
     untrained = [weight for name, weight in state["lora"].items() if "lora_B" in name]
     assert state["epoch"] == 2 and not any(weight.any() for weight in untrained)
+
+
+@pytest.mark.parametrize("scorer", ["same", "nothing"])
+def test_three_epochs_without_a_preference_end_a_run(
+    tiny, scorers, tmp_path, no_figures, capsys, scorer
+):
+    out = tmp_path / "run"
+    with pytest.raises(SystemExit) as stop:
+        run(tiny, out, f"{scorers}:{scorer}", "--epochs 9")
+    assert "No label of the epochs 1 to 3 says which image is better" in stop.value.code
+    assert f"{out} keeps the model" in stop.value.code and "\n" not in stop.value.code
+    rows = read_rows(out / "metrics.jsonl")
+    assert [(row["epoch"], row["preferences"]) for row in rows] == [(1, 0), (2, 0), (3, 0)]
+    assert capsys.readouterr().out.count("WARNING: no label says which image is better") == 3
+    assert torch.load(out / "checkpoint" / "state.pt")["epoch"] == 3
+    with pytest.raises(SystemExit, match="epochs 2 to 4"):  # resumed, it gets one more
+        sd_demo.main(["--resume", str(out)])
+
+
+def test_a_run_ends_whose_scorer_gives_some_images_no_score(tiny, scorers, tmp_path, capsys):
+    flags = "--images-per-prompt 4 --batch-size 1 --eval-images 4"
+    objective, watch = f"{scorers}:in_part", f"--watch {scorers}:nothing"
+    out = run(tiny, tmp_path / "run", objective, f"{flags} {watch}")
+    labels, rows = read_rows(out / "labels.jsonl"), read_rows(out / "metrics.jsonl")
+    for row in labels:
+        assert (row["h"] is None) == (None in row["scores"])
+    assert [(row["preferences"], row["unscored"], row["watched"]) for row in rows] == [
+        (2, 4, None)  # of four images the two brighter have scores: one pair a group
+    ] * 2
+    assert all(row["score"] > 0 and row["loss"] > 0 and row["eval_score"] > 0 for row in rows)
+    assert capsys.readouterr().out.count("4 images without a score, in no label") == 2
+    sd_demo.main(["--evaluate", str(out), "--eval-images", "4"])
+    result = json.loads((out / "evaluation.json").read_text(), parse_constant=pytest.fail)
+    assert result["pairs"] + result["unscored"] == 4 and result["unscored"] >= 2
+    assert (out / "reward_curve.png").exists()
+
+
+def test_the_run_says_how_many_prompts_it_read(tiny, scorers, tmp_path, capsys):
+    (tmp_path / "p.csv").write_text('prompt\n"a cat,\nasleep"\na dog\na dog\n')
+    flags = f"--prompts {tmp_path}/p.csv --dry-run"
+    run(tiny, tmp_path / "run", f"{scorers}:brightness", flags)
+    found = f"Prompts of {tmp_path}/p.csv: 3, first: a cat, asleep\n"
+    assert capsys.readouterr().out.count(found) == 1
+
+
+def test_a_prompt_that_is_there_twice_keeps_its_images(tiny, scorers, tmp_path, no_figures):
+    (tmp_path / "p.txt").write_text("a cat\na cat\na dog\n")
+    flags = f"--prompts {tmp_path}/p.txt --pairs-per-epoch 8 --epochs 1"
+    out = run(tiny, tmp_path / "run", f"{scorers}:brightness", flags)
+    assert {row["prompt"] for row in read_rows(out / "labels.jsonl")} == {"a cat", "a dog"}
+    groups = torch.load(out / "latents" / "e001.pt")
+    assert {group[0] for group in groups} == {"a cat", "a dog"}
 
 
 # Evaluation
