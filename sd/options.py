@@ -6,6 +6,7 @@ then the defaults. With --resume or --evaluate it is what was typed, then what t
 
 import argparse
 import math
+import os
 import shlex
 import sys
 from argparse import ArgumentParser, Namespace
@@ -59,6 +60,13 @@ PAPER_BETA = 0.1  # of the mean over the D latent elements: 0.1 / D of the sum
 UNSAVED_FLAGS = {"out", "resume", "evaluate", "dry_run", "port"}  # of one start, not of the run
 
 
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """As wide as the longest common flag."""
+
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=27)
+
+
 def positive(kind: type):
     """A positive and finite number, for argparse."""
 
@@ -72,8 +80,14 @@ def positive(kind: type):
     return parse_number
 
 
+count, number = positive(int), positive(float)
+
+
 def not_negative(text: str) -> float:
     return float(text) and positive(float)(text)
+
+
+not_negative.__name__ = "float"
 
 
 def build_parser() -> tuple[ArgumentParser, dict]:
@@ -83,9 +97,10 @@ def build_parser() -> tuple[ArgumentParser, dict]:
         usage="%(prog)s --objective OBJECTIVE [flags]   (--help lists the flags)",
         description="D3PO on Stable Diffusion, with LoRA; labels from a score or from people.",
         epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=HelpFormatter,
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
+        add_help=False,
     )
     defaults = {}
 
@@ -98,60 +113,42 @@ def build_parser() -> tuple[ArgumentParser, dict]:
 
         return add
 
-    count, number, cuda = positive(int), positive(float), torch.cuda.is_available()
-    objectives = (
-        "compressibility, incompressibility, aesthetic, alignment, or FILE.py:FUNCTION of (images, "
-        "prompts) -> scores; several with commas: better is who is worse in none and better in "
-        "one. Or ask people on a page: human (which of two is better?), tags (which are bad?)"
-    )
+    add_common_flags(flags("the common ones"))
+    parser.add_argument("-h", "--help", action="help", help=argparse.SUPPRESS)
     add = flags("what to learn")
-    add("--objective", help=objectives)
-    files = ".jsonl, .json, .csv, .tsv, or a folder with w/ and l/: see sd/label_files.py"
-    both = "alone, or before the images of --objective"
-    add("--labels", help=f"learn from images that were compared already: {files}; {both}")
-    add("--images", help="folder of the images of --labels; by default the file's own")
-    add("--watch", help="a scorer that is only reported, as above")
-    add("--annotators", 1, type=count, help="people who answer each question of human and tags")
-    add(
-        "--question", help="the text above the images; by default which is better, or which are bad"
-    )
-    add("--port", type=int, help="of their page; by default the first free one from 7860")
-    lists = "animals, hand, unsafe (App. C), or a file, one prompt a line"
-    add("--prompts", help=f"{lists}; by default animals, and with --labels alone those of its file")
-    add("--clip-model", CLIP, help="of aesthetic and alignment: hub id or folder")
-    add("--aesthetic-head", AESTHETIC_HEAD, help="state dict of its linear layers: URL or file")
+    add("--images", metavar="DIR", help="of the images of --labels; by default its own folder")
+    add("--passes", 4, type=count, metavar="N", help="over --labels, before --objective")
+    watched = "a scorer that is only reported; by default the emoji model's classifier, else none"
+    add("--watch", metavar="SCORER", help=watched)
+    people = "people who answer each question of human and tags"
+    add("--annotators", 1, type=count, metavar="N", help=people)
+    asks = "above the images; by default which is better, or which are bad"
+    add("--question", metavar="TEXT", help=asks)
+    port = "of the page for people; by default the first free one from 7860"
+    add("--port", type=int, metavar="N", help=port)
+    add("--clip-model", CLIP, metavar="CLIP", help="of aesthetic and alignment: hub id or folder")
+    head = "state dict of its linear layers: URL or file"
+    add("--aesthetic-head", AESTHETIC_HEAD, metavar="HEAD", help=head)
 
     add = flags("sampling")
-    where = "by default SD 1.5 where there is CUDA, else the bundled emoji model"
-    models = "hub id, folder or .safetensors file of SD, SDXL, SD3 or Flux"
-    add("--model", help=f"{models}; {where}")
-    add("--init-lora", help="begin from the model with this LoRA in it: folder or file")
-    add("--height", type=count, help="of the images in pixels; by default the model's")
-    add("--width", type=count, help="as --height")
-    passes = "with --labels alone, passes over its images"
-    add("--epochs", 50, type=count, help=f"times that images are sampled and trained on; {passes}")
-    add("--passes", 4, type=count, help="over the images of --labels, before those of --objective")
-    add("--pairs-per-epoch", 8, type=count, help="groups of images, each of one prompt and x_T")
-    size = "size K of a group: 2 for pairs; K(K-1)/2 labels"
-    add("--images-per-prompt", 4, type=int, metavar="K", help=size)
-    add("--batch-size", 1, type=count, help="groups at a time on each device, and in an update")
-    add("--num-steps", 20, type=count, help="T, denoising steps")
-    add("--eta", 1.0, type=number, help="DDIM's noise scale, above 0 and at most 1")
+    lora = "begin from the model with this LoRA in it: folder or file; by default none"
+    add("--init-lora", metavar="PATH", help=lora)
+    add("--height", type=count, metavar="N", help="of images, pixels; by default the model's")
+    add("--width", type=count, metavar="N", help="of images, pixels; by default the model's")
+    add("--eta", 1.0, type=number, metavar="ETA", help="DDIM's noise scale, 0 < eta <= 1")
     guided = "of the prompt; at 1 and below there is no guidance, as in the stock pipelines"
-    add("--guidance-scale", 5.0, type=not_negative, help=guided)
+    add("--guidance-scale", 5.0, type=not_negative, metavar="X", help=guided)
 
     add = flags("the method")
     recipes = "paper: defaults of Table 2 and the release"
     add("--recipe", "default", choices=["default", "paper"], help=recipes)
     losses = "Eq. 14, Eq. 12, or Eq. 5 on whole chains"
     add("--loss", "eq14", choices=["eq14", "eq12", "chain"], help=losses)
-    add("--beta", 0.05, type=number, help="strength of the KL, per nat of a summed log-prob")
-    add("--clip", type=number, help="clamp pi_theta / pi_ref to 1 +- this")
+    clamp = "clamp pi_theta / pi_ref to 1 +- this; by default no clamp"
+    add("--clip", type=number, metavar="X", help=clamp)
     references = "the initial model, or the one that sampled"
     add("--reference", "initial", choices=["initial", "previous"], help=references)
     add("--replay", 0, type=int, metavar="N", help="batches of earlier groups in each epoch")
-    further = "stop before this KL to the initial model, nats, of held-out images (--eval-every)"
-    add("--max-kl", type=number, metavar="NATS", help=further)
     shown = "show and save the average of the weights over the last tenth of the epochs"
     on_off = argparse.BooleanOptionalAction
     add("--average-weights", False, action=on_off, help=shown)
@@ -159,28 +156,60 @@ def build_parser() -> tuple[ArgumentParser, dict]:
     add("--skip-last", 2, type=int, metavar="N", help=skipped)
     updates = "update the weights at each step's loss, or once after the last"
     add("--update-every", "timestep", choices=["timestep", "trajectory"], help=updates)
-    add("--lr", 3e-4, type=number, help="AdamW's largest step size; it falls to 0 as a cosine")
     add("--warm-up", 1, type=count, metavar="N", help="epochs in which the step size rises to --lr")
-    add("--weight-decay", 1e-4, type=float, help="of AdamW")
-    add("--max-grad-norm", 1.0, type=number, help="gradients are clipped to this norm")
-    add("--lora-rank", 16, type=count, help="of the LoRA on queries, keys and values")
+    add("--weight-decay", 1e-4, type=not_negative, metavar="X", help="of AdamW, per unit of --lr")
+    add("--max-grad-norm", 1.0, type=number, metavar="X", help="gradients are clipped to this norm")
+    add("--lora-rank", 16, type=count, metavar="N", help="of the LoRA on queries, keys and values")
 
     add = flags("the machine")
-    precision = "fp16" if cuda else "fp32"
+    size = "groups at a time on each device, and in an update"
+    add("--batch-size", 1, type=count, metavar="N", help=size)
+    precision = "fp16" if torch.cuda.is_available() else "fp32"
     add("--precision", precision, choices=list(DTYPES), help="of all but the LoRA and log-probs")
     add("--gradient-checkpointing", True, action=on_off, help="less memory, a third more time")
 
-    add = flags("the run")
-    add("--eval-images", 45, type=count, help="held-out noises, the prompts in turn")
-    add("--eval-every", 5, type=count, help="epochs from one evaluation of them to the next")
-    add("--seed", 0, type=int, help="of everything")
-    add("--out", type=Path, help="a new run folder; by default runs/OBJECTIVE-1, -2, ...")
+    add = flags("the evaluation")
+    add("--eval-images", 45, type=count, metavar="N", help="held-out noises, the prompts in turn")
+    between = "epochs from one evaluation of them to the next"
+    add("--eval-every", 5, type=count, metavar="N", help=between)
+    return parser, defaults
+
+
+def add_common_flags(add) -> None:
+    """With the usage and the description, they fit on a screen of 40 lines."""
+    objectives = (
+        "compressibility, incompressibility, aesthetic, alignment, or FILE.py:FUNCTION of (images, "
+        "prompts) -> numbers, None for no score; several with commas: better is who is worse in "
+        "none and better in one. Or ask people on a page: human (which of two is better?), tags "
+        "(which are bad?)"
+    )
+    add("--objective", help=objectives)
+    files = ".jsonl, .json, .csv, .tsv, or a folder with w/ and l/: see sd/label_files.py"
+    add("--labels", metavar="FILE", help=f"learn from labels that are there already: {files}")
+    lists = "animals, hand, unsafe (App. C), or a file: .jsonl, .json, .csv, .tsv, else lines"
+    add("--prompts", help=f"{lists}; by default animals, with --labels alone those of its file")
+    models = "hub id, folder or .safetensors file of SD, SDXL, SD3 or Flux"
+    where = "by default SD 1.5 with CUDA, else the bundled emoji model"
+    add("--model", help=f"{models}; {where}")
+    epochs = "times to sample and train; with --labels alone, passes over it"
+    add("--epochs", 50, type=count, metavar="N", help=epochs)
+    groups = "groups of images, each of one prompt and x_T"
+    add("--pairs-per-epoch", 8, type=count, metavar="N", help=groups)
+    size = "images of a group: 2 for pairs; K(K-1)/2 labels"
+    add("--images-per-prompt", 4, type=int, metavar="K", help=size)
+    add("--num-steps", 20, type=count, metavar="T", help="denoising steps")
+    strength = "strength of the KL, per nat of a summed log-prob"
+    add("--beta", 0.05, type=number, metavar="BETA", help=strength)
+    add("--lr", 3e-4, type=number, help="AdamW's largest step size; it falls to 0 as a cosine")
+    brake = "stop before this KL of held-out images to the initial model, nats; by default none"
+    add("--max-kl", type=number, metavar="NATS", help=brake)
+    add("--seed", 0, type=int, metavar="N", help="of everything")
+    add("--out", type=Path, metavar="RUN", help="new folder; by default runs/OBJECTIVE-1, -2, ...")
     add("--resume", type=Path, metavar="RUN", help="go on with a run, from its last whole epoch")
-    evaluation = "tuned against initial model on noises that no training saw"
-    add("--evaluate", type=Path, metavar="RUN", help=evaluation)
+    noises = "tuned against initial model on new noises"
+    add("--evaluate", type=Path, metavar="RUN", help=noises)
     plan = "check everything, print the plan, train nothing"
     add("--dry-run", False, action="store_true", help=plan)
-    return parser, defaults
 
 
 def parse(argv: list[str] | None = None) -> tuple[ArgumentParser, Namespace]:
@@ -189,7 +218,7 @@ def parse(argv: list[str] | None = None) -> tuple[ArgumentParser, Namespace]:
     typed = vars(parser.parse_args(argv))
     # A run may be resumed from another folder
     for name in {"model", "init_lora", "labels", "images"} & typed.keys():
-        if Path(typed[name]).exists():
+        if os.path.exists(typed[name]):
             typed[name] = str(Path(typed[name]).resolve())
     try:
         if "resume" in typed or "evaluate" in typed:
@@ -234,7 +263,11 @@ def presets(parser: ArgumentParser, typed: dict) -> dict:
 def saved_settings(typed: dict, defaults: dict) -> dict:
     """The settings of the run to resume or evaluate. Raises ValueError for a flag that differs."""
     folder = typed.get("resume") or typed["evaluate"]
-    saved = run_folder.load_settings(folder, defaults.keys() - UNSAVED_FLAGS | {"command"})
+    names = defaults.keys() - UNSAVED_FLAGS
+    saved = run_folder.load_settings(folder, names | {"command"})
+    check_saved(folder, {name: saved[name] for name in names})
+    if not isinstance(saved["command"], str):
+        raise ValueError(f"{folder / 'config.json'} has a flaw (command is no text): mend it")
     fixed = (
         saved.keys() - {"epochs", "max_kl", "question"}
         if "resume" in typed
@@ -251,6 +284,28 @@ def saved_settings(typed: dict, defaults: dict) -> dict:
     return {**saved, "out": folder}
 
 
+def check_saved(folder: Path, saved: dict) -> None:
+    """Raise ValueError for settings of a run that the command line would not give."""
+
+    def refuse(message: str):
+        raise ValueError(f"{folder / 'config.json'} has a flaw ({message}): mend it")
+
+    parser, defaults = build_parser()
+    parser.error = refuse
+    typed = []
+    for name, value in saved.items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            typed.append(f"--{flag}" if value else f"--no-{flag}")
+        elif value is not None:
+            typed.append(f"--{flag}={value}")
+    parsed = dict.fromkeys(saved) | vars(parser.parse_args(typed))
+    for name, value in saved.items():
+        needed = name == "model" or defaults[name] is not None
+        if parsed[name] != value or (value is None and needed):
+            refuse(f"{name}: {value!r:.60}")
+
+
 def check(args: Namespace) -> None:
     """Raise ValueError, in a sentence for the user, for settings that cannot be meant."""
     new_run = not args.resume and not args.evaluate
@@ -263,6 +318,9 @@ def check(args: Namespace) -> None:
         ),
         "--evaluate compares by an objective: give --objective too": (
             args.evaluate and not args.objective
+        ),
+        "--prompts: give animals, hand, unsafe or a file": (
+            args.prompts is None and not args.labels
         ),
         f"--replay {args.replay}: give a number of batches, 0 or more": args.replay < 0,
         "--labels and --replay draw trajectories anew, which nobody sampled: they need "
@@ -282,7 +340,7 @@ def check(args: Namespace) -> None:
         ),
         f"--seed {args.seed}: give a number from 0 to 2^63 - 1": not 0 <= args.seed < 2**63,
         f"--out {args.out} exists: give a new folder, or --resume it": (
-            new_run and args.out and args.out.exists()
+            new_run and args.out and os.path.exists(args.out)
         ),
     }
     for message, wrong in problems.items():

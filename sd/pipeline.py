@@ -5,6 +5,7 @@ stops it. So a family needs no code of its own, but for how its latents are pack
 """
 
 import inspect
+import os
 from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
@@ -74,8 +75,8 @@ def load_pipeline(name: str, precision: str) -> DiffusionPipeline:
         return kind.from_pretrained(name, dtype=dtype, **options)
     except Exception as error:  # the hub's client raises many kinds
         remedy = "it needs network access; or give a folder"
-        if Path(name).exists():
-            remedy = f"give another {'file' if Path(name).is_file() else 'folder'}"
+        if os.path.exists(name):
+            remedy = f"give another {'file' if os.path.isfile(name) else 'folder'}"
         reason = str(error).partition("\n")[0]
         raise ValueError(f"--model {name} cannot be loaded: {remedy} ({reason})") from error
 
@@ -89,7 +90,7 @@ def pipeline_name(model: str) -> str | None:
 @cache
 def read_config(model: str) -> dict | Exception:
     """model_index.json of a folder or hub id, or why not: without network the hub takes minutes."""
-    if not Path(model).exists() and (model.count("/") > 1 or model[:1] in "./~"):
+    if not os.path.exists(model) and (model.count("/") > 1 or model[:1] in "./~"):
         return FileNotFoundError("there is no such folder")  # a hub id is a name, or owner/name
     try:
         return DiffusionPipeline.load_config(model)
@@ -106,7 +107,7 @@ def pipeline_class(name: str) -> type[DiffusionPipeline]:
 
 def load_single_file(file: str, dtype: torch.dtype) -> DiffusionPipeline:
     """A pipeline from one checkpoint, such as a community model; its class is read off its keys."""
-    if not Path(file).is_file():
+    if not os.path.isfile(file):
         raise ValueError("there is no such file")
     weights = single_file_utils.load_single_file_checkpoint(file)
     if any("lora" in key for key in weights):

@@ -75,8 +75,8 @@ def read_json(path: Path) -> dict:
 
 def read_lines(path: Path) -> list[dict]:
     """The JSON objects of a file, if it is there, without a last line that a kill cut short."""
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+    return [json.loads(line) for line in lines]
 
 
 def keep_rows(path: Path, keep: Callable[[dict], bool]) -> None:
@@ -146,6 +146,6 @@ def load_settings(folder: Path, names: set[str]) -> dict:
     try:
         config = read_json(folder / "config.json")
         return {name: config[name] for name in names}
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         message = f"{folder} is no run of sd_demo.py: it has no config.json with its settings"
         raise ValueError(message) from None

@@ -1,5 +1,6 @@
 """The command line: which of several settings counts, and what is refused."""
 
+import re
 import shlex
 import shutil
 from argparse import Namespace
@@ -101,10 +102,10 @@ PRECEDENCE = {
         (f"{ON_EMOJI} --watch incompressibility", "incompressibility"),
     ],
 }
-CASES = [(name, flags, value) for name, cases in PRECEDENCE.items() for flags, value in cases]
+PRECEDENCES = [(name, flags, value) for name, cases in PRECEDENCE.items() for flags, value in cases]
 
 
-@pytest.mark.parametrize("name, flags, value", CASES)
+@pytest.mark.parametrize("name, flags, value", PRECEDENCES)
 def test_the_first_that_has_a_setting_decides(name, flags, value):
     assert getattr(parse(flags), name) == value
 
@@ -171,6 +172,19 @@ def test_the_flags_have_their_defaults_and_help_shows_them():
         assert f"--{name.replace('_', '-')}" in text
         if type(default) in (int, float, str):
             assert f"(default:{default})" in text
+
+
+def test_the_common_flags_fill_a_screen_and_each_has_its_default(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    text = options.build_parser()[0].format_help()
+    first, *_ = text.split("\n\nwhat to learn:\n")
+    assert len(first.splitlines()) <= 40 and max(map(len, first.splitlines())) <= 80
+    common = "objective labels prompts model epochs beta lr max-kl out resume evaluate dry-run"
+    assert all(f"\n  --{flag} " in first for flag in common.split())
+    entries = re.split(r"\n  (?=--)", text.split("\n\ndefaults of their own")[0])[1:]
+    assert len(entries) == len(options.build_parser()[1])
+    without = {entry.split()[0] for entry in entries if "default" not in entry}
+    assert without == {"--objective", "--labels", "--resume", "--evaluate"}
 
 
 def test_the_command_is_kept_as_it_was_typed():
@@ -241,6 +255,32 @@ def test_a_run_of_another_version_with_fewer_settings_is_refused(earlier, capsys
     assert "is no run of sd_demo.py" in refusal(f"--resume {earlier}", capsys)
 
 
+FLAWS = {
+    "lr": ["fast", True, None, [0.1], {}, -1, 0, float("nan"), float("inf"), "0.25"],
+    "epochs": [2.5, "6", 0, []],
+    "model": [None, 3],
+    "prompts": [None, ["a cat"]],
+    "average_weights": ["yes", 1, None],
+    "loss": ["eq15", 14, None, ["eq14"]],
+    "objective": [5, ["human"], ""],
+    "watch": [["a", "b"], True],
+    "seed": [1.5, -1, 2**63],
+    "command": [None, ["python"]],
+}
+CASES = [(name, value) for name, values in FLAWS.items() for value in values]
+
+
+@pytest.mark.parametrize("start", ["--resume", "--evaluate"])
+@pytest.mark.parametrize("name, value", CASES)
+def test_a_config_with_a_flaw_is_refused_and_kept(earlier, capsys, start, name, value):
+    file = earlier / "config.json"
+    run_folder.save_json(file, run_folder.read_json(file) | {name: value})
+    before = file.read_bytes()
+    message = refusal(f"{start} {earlier}", capsys)
+    assert "has a flaw" in message or name in message and len(message) < 300
+    assert file.read_bytes() == before
+
+
 # What is refused
 
 
@@ -270,6 +310,9 @@ REFUSED = {
     "--epochs 0": "--epochs: 0: give a positive number",
     "--epochs 1.5": "--epochs: invalid int value: '1.5'",
     "--guidance-scale -1": "--guidance-scale: -1: give a positive number",
+    "--guidance-scale much": "--guidance-scale: invalid float value: 'much'",
+    "--weight-decay -1": "--weight-decay: -1: give a positive number",
+    "--weight-decay nan": "--weight-decay: nan: give a positive number",
     "--lora-rank 0": "--lora-rank: 0",
     "--eval-every 0": "--eval-every: 0",
     "--skip-last 20": "--skip-last 20: some of the --num-steps 20 must be left",
@@ -295,6 +338,11 @@ REFUSED = {
 @pytest.mark.parametrize("flags", REFUSED)
 def test_what_cannot_be_meant_is_refused_in_one_sentence(flags, capsys):
     assert REFUSED[flags] in refusal(f"{ANY} {flags}", capsys)
+
+
+@pytest.mark.parametrize("flag", ["--out", "--labels", "--model", "--images", "--init-lora"])
+def test_a_name_too_long_for_a_file_is_no_traceback(flag):
+    parse(f"--objective compressibility --labels x.csv --model some/thing {flag} {'a' * 300}")
 
 
 def test_without_an_objective_the_command_line_asks_for_one(capsys):
