@@ -30,7 +30,7 @@ from sd.feedback import (
 )
 from sd.labels import LabelError, pairs_from_labels
 from sd.memory import Given, LabelledBatch, Memory
-from sd.model import Batch, RunningAverage, load_model, make_accelerator, sample
+from sd.model import LORA_FILE, Batch, RunningAverage, load_model, make_accelerator, sample
 from sd.prompts import load_prompts
 from sd.run import Run
 from sd.run_folder import Stream, generator
@@ -238,7 +238,7 @@ def main(argv: list[str] | None = None) -> None:
         groups = given.encode(model.conditioning) if is_main else []
         if is_main and not args.evaluate:
             args.out = run_folder.create_or_resume(vars(args))
-    except ValueError as error:
+    except (ValueError, FloatingPointError) as error:
         parser.error(" ".join(str(error).split()))  # some libraries' errors have many lines
     (args.out,) = broadcast_object_list([args.out])
     optimizer = accelerator.prepare(
@@ -271,8 +271,9 @@ def main(argv: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         sys.exit(f"Stopped. Go on with: python sd_demo.py --resume {args.out}")
     except (ScorerError, LabelError, FloatingPointError) as error:
-        reason = f"The run stops; {args.out} keeps the model of the last good epoch."
-        sys.exit(f"{error}. {reason}")
+        trained = (args.out / "lora" / LORA_FILE).exists()
+        kept = "keeps the model of the last good epoch" if trained else "has no model yet"
+        sys.exit(f"{error}. The run stops; {args.out} {kept}.")
 
 
 if __name__ == "__main__":

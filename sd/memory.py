@@ -201,10 +201,11 @@ class Given:
             return []
         pipe, groups = conditioning.pipe, []
         blank = torch.zeros_like(conditioning.latents[:1], dtype=torch.float32)
-        size = decode(pipe, blank, conditioning)[0].size
+        size = decode(pipe, blank, conditioning, names=["a blank image"])[0].size
         files = self.label_file.groups
         for prompt, images, pairs in tqdm(files, "encode images", unit=" groups", delay=2):
-            x_0 = encode(pipe, [open_image(file, size) for file in images]).cpu()
+            opened = [open_image(file, size) for file in images]
+            x_0 = encode(pipe, opened, names=[str(file) for file in images]).cpu()
             groups.append(Group(prompt, x_0, None, torch.tensor(pairs)))
         shape = f"{size[0]} x {size[1]}"
         tqdm.write(f"The images of the file are resized and centre-cropped to {shape}.")

@@ -291,6 +291,7 @@ def sample(
     """K images from one x_T for each of the prompts, given by number (N,).   Alg. 1 lines 4-11.
 
     trajectory: of these images, where they were sampled before.
+    Raises FloatingPointError where an image is not finite.
     """
     device = model.network.device
     cond = prompts.repeat_interleave(images_per_prompt).to(device)
@@ -298,8 +299,8 @@ def sample(
         x_T = torch.randn(len(prompts), *model.latent_shape, generator=generator)
         x_T = x_T.repeat_interleave(images_per_prompt, 0).to(device)
         trajectory = d3po.rollout(denoiser, model.schedule, x_T, cond, generator)
-    images = decode(model.pipe, trajectory.x[-1], model.conditioning)
     texts = [model.prompts[number] for number in cond.tolist()]
+    images = decode(model.pipe, trajectory.x[-1], model.conditioning, names=texts)
     return Batch(trajectory, cond, texts, images, images_per_prompt)
 
 

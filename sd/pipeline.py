@@ -277,25 +277,50 @@ def map_tensors(function: Callable, *trees):
 
 
 @torch.no_grad()
-def decode(pipe: DiffusionPipeline, x_0: Tensor, conditioning: Conditioning) -> list[Image.Image]:
-    """The images of final states (B, *D)."""
+def decode(
+    pipe: DiffusionPipeline, x_0: Tensor, conditioning: Conditioning, *, names: list[str]
+) -> list[Image.Image]:
+    """The images of final states (B, *D); names (B,): what an error calls them.
+
+    Raises FloatingPointError, in a sentence for the user, where one is not finite.
+    """
+    check_finite(x_0, names, "the network", conditioning.latents.dtype)
     if isinstance(pipe, FluxPipeline):  # its latents are rows of 2x2 patches
         rows, columns = (conditioning.first["img_ids"].amax(0)[1:].int() + 1).tolist()
         patch = 2 * pipe.vae_scale_factor
         x_0 = pipe._unpack_latents(x_0, rows * patch, columns * patch, pipe.vae_scale_factor)
     scale, shift = latent_scale(pipe.vae, x_0.device)
     latents = (x_0.to(pipe.vae.dtype) / scale + shift).to(pipe.vae.dtype)
-    return pipe.image_processor.postprocess(pipe.vae.decode(latents).sample, output_type="pil")
+    pixels = pipe.vae.decode(latents).sample
+    check_finite(pixels, names, "the VAE's decoder", pipe.vae.dtype)
+    return pipe.image_processor.postprocess(pixels, output_type="pil")
 
 
 @torch.no_grad()
-def encode(pipe: DiffusionPipeline, images: list[Image.Image]) -> Tensor:
+def encode(pipe: DiffusionPipeline, images: list[Image.Image], *, names: list[str]) -> Tensor:
     """Final states x_0 (B, *D) of images of the model's own size: the inverse of `decode`."""
     pixels = pipe.image_processor.preprocess(images).to(pipe.vae.device, pipe.vae.dtype)
     latents = pipe.vae.encode(pixels).latent_dist.mode().float()
+    check_finite(latents, names, "the VAE's encoder", pipe.vae.dtype)
     scale, shift = latent_scale(pipe.vae, latents.device)
     x_0 = (latents - shift) * scale
     return pipe._pack_latents(x_0, *x_0.shape) if isinstance(pipe, FluxPipeline) else x_0
+
+
+def check_finite(values: Tensor, names: list[str], part: str, dtype: torch.dtype) -> None:
+    """Raise FloatingPointError where values (B, ...) of images, made by a part, are not finite."""
+    finite = values.flatten(1).isfinite().all(1).tolist()
+    if all(finite):
+        return
+    broken = [f"number {n} ({name})" for n, name in enumerate(names, 1) if not finite[n - 1]]
+    listed = ", ".join(broken[:3]) + (", ..." if len(broken) > 3 else "")
+    precision = next(name for name, kind in DTYPES.items() if kind == dtype)
+    remedy = {"fp16": "--precision bf16 or fp32", "bf16": "--precision fp32"}
+    remedies = remedy.get(precision, "a lower --lr, or another --model if nothing is trained yet")
+    raise FloatingPointError(
+        f"{len(broken)} of {len(names)} images are not finite: {listed}. What {part} gave in "
+        f"{precision} is NaN or infinite. Nothing of them is kept; start a new run with {remedies}"
+    )
 
 
 def latent_scale(vae: nn.Module, device) -> tuple:

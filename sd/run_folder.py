@@ -1,6 +1,7 @@
 """Run folders: what a run leaves behind. A kill at any moment loses at most the epoch in hand."""
 
 import json
+import math
 import os
 import platform
 import re
@@ -46,17 +47,30 @@ def replace(path: Path, write: Callable[[Path], object]) -> None:
     os.replace(part, path)
 
 
+def to_json(content, **layout) -> str:
+    """JSON, in which a number that is not finite is null."""
+    return json.dumps(finite(content), allow_nan=False, **layout)
+
+
+def finite(content):
+    if isinstance(content, dict):
+        return {key: finite(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [finite(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
+
+
 def save_text(path: Path, content: str) -> None:
     replace(path, lambda part: part.write_text(content))
 
 
 def save_json(path: Path, content: dict) -> None:
-    save_text(path, json.dumps(content, indent=2) + "\n")
+    save_text(path, to_json(content, indent=2) + "\n")
 
 
 def save_lines(path: Path, rows: list[dict]) -> None:
     """One JSON object a line."""
-    save_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+    save_text(path, "".join(to_json(row) + "\n" for row in rows))
 
 
 def save_tensors(path: Path, content: dict) -> None:
@@ -66,7 +80,7 @@ def save_tensors(path: Path, content: dict) -> None:
 def append(path: Path, rows: list[dict]) -> None:
     """Add one JSON object a line, and flush."""
     with path.open("a") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
+        file.writelines(to_json(row) + "\n" for row in rows)
 
 
 def read_json(path: Path) -> dict:

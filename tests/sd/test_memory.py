@@ -257,7 +257,8 @@ def test_images_are_encoded_at_the_models_size_and_the_winner_comes_first(tiny, 
         assert group.x_T is None and group.pairs.tolist() == [[0, 1]]
         assert group.x_0.shape == (2, *loaded.model.latent_shape)
         file = label_file.parent / f"{n}a.png"
-        size = decode(loaded.model.pipe, group.x_0, loaded.model.conditioning)[0].size
+        conditioning = loaded.model.conditioning
+        size = decode(loaded.model.pipe, group.x_0, conditioning, names=["a", "b"])[0].size
         middle = Image.open(file).resize((60 * size[1] // 40, size[1]), Image.Resampling.BICUBIC)
         left = (middle.width - size[0]) // 2
         middle = middle.crop((left, 0, left + size[0], size[1]))

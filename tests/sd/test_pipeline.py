@@ -128,9 +128,9 @@ def test_images_are_decoded_as_by_stock_and_encoded_back(family, folder_of):
     x_0 = loaded.pipe(PROMPTS[0], output_type="latent", **call).images
     torch.manual_seed(0)
     stock = loaded.pipe(PROMPTS[0], **call).images
-    ours = decode(loaded.pipe, x_0, loaded.conditioning)
+    ours = decode(loaded.pipe, x_0, loaded.conditioning, names=PROMPTS[:1])
     assert same_images(ours, stock) and np.asarray(stock[0]).std() > 1
-    codes = encode(loaded.pipe, stock)
+    codes = encode(loaded.pipe, stock, names=PROMPTS[:1])
     assert codes.shape == x_0.shape and codes.isfinite().all()
 
 
