@@ -13,6 +13,7 @@ import itertools
 import math
 import sys
 import time
+from argparse import ArgumentParser, Namespace
 
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
@@ -216,12 +217,19 @@ def policy_metrics(run: Run, batch: LabelledBatch, ref_log_prob: Tensor, *, samp
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser, args = options.parse(argv)
+    with run_folder.Lock() as lock:
+        start(*options.parse(argv), lock)
+
+
+def start(parser: ArgumentParser, args: Namespace, lock: run_folder.Lock) -> None:
+    """A run, or an evaluation of one, which the lock makes ours alone."""
     accelerator = make_accelerator(args.precision)
     is_main, people = accelerator.is_main_process, args.objective in options.HUMAN_PRESETS
     quiet = args.dry_run or not is_main
     bar = tqdm(unit=" passes", mininterval=0.5, delay=0.1, disable=quiet)
     try:
+        if is_main and (args.resume or args.evaluate) and not args.dry_run:
+            lock.acquire(args.out)
         options.check_batches(args, accelerator.num_processes)
         given = Given(args, accelerator)
         prompts = given.prompts if args.prompts is None else load_prompts(args.prompts)
@@ -238,6 +246,7 @@ def main(argv: list[str] | None = None) -> None:
         groups = given.encode(model.conditioning) if is_main else []
         if is_main and not args.evaluate:
             args.out = run_folder.create_or_resume(vars(args))
+            lock.acquire(args.out)
     except (ValueError, FloatingPointError) as error:
         parser.error(" ".join(str(error).split()))  # some libraries' errors have many lines
     (args.out,) = broadcast_object_list([args.out])

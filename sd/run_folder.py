@@ -1,5 +1,6 @@
 """Run folders: what a run leaves behind. A kill at any moment loses at most the epoch in hand."""
 
+import itertools
 import json
 import math
 import os
@@ -8,11 +9,13 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from enum import IntEnum
 from pathlib import Path
 
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 
 ROOT = Path(__file__).resolve().parents[1]
 LIBRARIES = ("torch", "diffusers", "transformers", "peft", "accelerate")
@@ -101,6 +104,39 @@ def keep_rows(path: Path, keep: Callable[[dict], bool]) -> None:
 # Runs
 
 
+class RunError(ValueError):
+    """A run folder that cannot be used as it is, in a sentence for the user."""
+
+
+class Lock:
+    """One process at a time owns a run. The system lets go of the lock of a killed process."""
+
+    def __init__(self):
+        self.lock = None
+
+    def acquire(self, folder: Path) -> None:
+        """Own a run, if it is not ours already; RunError where another process does."""
+        if self.lock:
+            return
+        lock = FileLock(folder / ".lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise RunError(
+                f"{folder} is at work in another process: wait for it, or stop it"
+            ) from None
+        except OSError as error:
+            raise RunError(f"{folder} cannot be written ({error.strerror})") from error
+        self.lock = lock
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error) -> None:
+        if self.lock:
+            self.lock.release()
+
+
 def image_files(epoch: int, groups: range, images_per_prompt: int) -> list[str]:
     """Names of the images of an epoch's groups, given by number."""
     return [
@@ -116,9 +152,9 @@ def create_or_resume(settings: dict) -> Path:
     Returns its path. Raises ValueError, in a sentence, where it cannot be written.
     """
     try:
-        out = settings["resume"] or settings["out"] or free_name(settings["objective"] or "labels")
+        out = settings["resume"] or settings["out"]
         if not settings["resume"]:
-            out.mkdir(parents=True, exist_ok=True)
+            out = make_folder(out, settings["objective"] or "labels")
             save_json(out / "config.json", {**settings, "out": str(out), **provenance()})
         for name in ("images", "latents", "lora", "checkpoint"):
             (out / name).mkdir(exist_ok=True)  # also on --resume: a kill may have come before
@@ -148,11 +184,16 @@ def drop_unfinished(out: Path, epochs_done: int, *, keep_labels: bool) -> None:
         keep_rows(out / name, lambda row: row["epoch"] <= epochs_done)
 
 
-def free_name(objective: str) -> Path:
-    """The first of runs/OBJECTIVE-1, -2, ... that is not there yet."""
+def make_folder(out: Path | None, objective: str) -> Path:
+    """Make a new folder: `out`, or the first of runs/OBJECTIVE-1, -2, ... that is not there yet."""
+    if out:
+        out.mkdir(parents=True)
+        return out
     name = re.sub(r"\W+", "-", Path(objective).name)
-    names = (Path(f"runs/{name}-{n}") for n in range(1, sys.maxsize))
-    return next(path for path in names if not path.exists())
+    for path in (Path(f"runs/{name}-{n}") for n in itertools.count(1)):
+        with suppress(FileExistsError):  # another start may make it at the same time
+            path.mkdir(parents=True)
+            return path
 
 
 def load_settings(folder: Path, names: set[str]) -> dict:

@@ -324,7 +324,7 @@ def test_a_run_leaves_its_folder(done, tiny):
     assert set(config["initial"]) == {"eval_score", "watched"} and config["epochs"] == 2
     names = {str(path.relative_to(out)) for path in out.rglob("*") if "images" not in path.parts}
     assert names == {
-        *("config.json", "metrics.jsonl", "labels.jsonl", "README.md", "report.html"),
+        *("config.json", "metrics.jsonl", "labels.jsonl", "README.md", "report.html", ".lock"),
         *("reward_curve.png", "progress.png", "before_after.png"),
         *("lora", "lora/pytorch_lora_weights.safetensors", "checkpoint", "checkpoint/state.pt"),
         *("latents", "latents/e001.pt", "latents/e002.pt"),
