@@ -31,10 +31,10 @@ from sd.feedback import (
 )
 from sd.labels import LabelError, pairs_from_labels
 from sd.memory import Given, LabelledBatch, Memory
-from sd.model import LORA_FILE, Batch, RunningAverage, load_model, make_accelerator, sample
+from sd.model import Batch, RunningAverage, load_model, make_accelerator, sample
 from sd.prompts import load_prompts
 from sd.run import Run
-from sd.run_folder import Stream, generator
+from sd.run_folder import RunError, Stream, generator
 from sd.scorers import ScorerError
 
 LOSSES = {"eq14": d3po.d3po_losses, "eq12": d3po.d3po_losses, "chain": d3po.chain_dpo_losses}
@@ -247,24 +247,26 @@ def start(parser: ArgumentParser, args: Namespace, lock: run_folder.Lock) -> Non
         if is_main and not args.evaluate:
             args.out = run_folder.create_or_resume(vars(args))
             lock.acquire(args.out)
-    except (ValueError, FloatingPointError) as error:
-        parser.error(" ".join(str(error).split()))  # some libraries' errors have many lines
-    (args.out,) = broadcast_object_list([args.out])
-    optimizer = accelerator.prepare(
-        torch.optim.AdamW(model.lora, args.lr, weight_decay=args.weight_decay)
-    )
-    run = Run(
-        args=args,
-        accelerator=accelerator,
-        model=model,
-        average=RunningAverage(model.lora, enabled=args.average_weights),
-        optimizer=optimizer,
-        feedback=feedback,
-        memory=Memory(args, accelerator, model.schedule, numbered),
-    )
-    epochs_done = run.load_checkpoint()
-    run.memory.load(epochs_done, given=groups)
+        (args.out,) = broadcast_object_list([args.out])
+        optimizer = accelerator.prepare(
+            torch.optim.AdamW(model.lora, args.lr, weight_decay=args.weight_decay)
+        )
+        run = Run(
+            args=args,
+            accelerator=accelerator,
+            model=model,
+            average=RunningAverage(model.lora, enabled=args.average_weights),
+            optimizer=optimizer,
+            feedback=feedback,
+            memory=Memory(args, accelerator, model.schedule, numbered),
+        )
+        epochs_done = run.load_checkpoint()
+        run.memory.load(epochs_done, given=groups)
+    except (ValueError, FloatingPointError, OSError) as error:
+        message = run_folder.describe(error)
+        parser.error(" ".join(message.split()))  # some libraries' errors have many lines
     bar.total = options.calls_to_go(args, plan, epochs_done)
+    again = f"python sd_demo.py {'--evaluate' if args.evaluate else '--resume'} {args.out}"
     try:
         if not args.evaluate:
             if is_main:
@@ -278,9 +280,11 @@ def start(parser: ArgumentParser, args: Namespace, lock: run_folder.Lock) -> Non
                 compare_with_initial(feedback, model, epochs_done)
             run.write_report(epochs_done)
     except KeyboardInterrupt:
-        sys.exit(f"Stopped. Go on with: python sd_demo.py --resume {args.out}")
-    except (ScorerError, LabelError, FloatingPointError) as error:
-        trained = (args.out / "lora" / LORA_FILE).exists()
+        sys.exit(f"Stopped. Go on with: {again}")
+    except OSError as error:
+        sys.exit(f"{run_folder.describe(error)}. Then go on with: {again}")
+    except (RunError, ScorerError, LabelError, FloatingPointError) as error:
+        trained = (args.out / "lora" / run_folder.LORA_FILE).exists()
         kept = "keeps the model of the last good epoch" if trained else "has no model yet"
         sys.exit(f"{error}. The run stops; {args.out} {kept}.")
 

@@ -17,7 +17,14 @@ from tqdm import tqdm
 from sd import figures, run_folder
 from sd.annotate import FAREWELL, AnnotationServer, listen
 from sd.label_files import epochs_given
-from sd.labels import Label, LabelError, pairs_of_group, pareto_preference, read_labels
+from sd.labels import (
+    Label,
+    LabelError,
+    answer_field,
+    pairs_of_group,
+    pareto_preference,
+    read_labels,
+)
 from sd.metrics import EvalResult, mean_and_error, win_rate, win_rate_vs_reference
 from sd.model import Batch, Model, PipelinePolicy, sample_held_out, sample_stock
 from sd.run_folder import Stream
@@ -93,7 +100,7 @@ class ScorerFeedback:
         return rows
 
     def save_image(self, image: Image.Image, file: Path) -> None:
-        image.save(file)
+        run_folder.save_image(file, image)
 
     def evaluate(self, images: list[Image.Image], prompts: list[str], kl=None) -> EvalResult:
         watched = self.watch(images, prompts) if self.watch else []
@@ -155,9 +162,15 @@ class HumanFeedback(ScorerFeedback):
 
     def save_image(self, image: Image.Image, file: Path) -> None:
         """Save an image. One that people may have judged is not replaced by another: LabelError."""
-        if not file.exists():
-            return image.save(file)
-        difference = np.asarray(image, float) - np.asarray(Image.open(file), float)
+        before = figures.open_image(file)
+        if before is None and file.exists() and is_judged(file):
+            raise LabelError(
+                f"{file} cannot be read, and people have judged it: put a copy of it back, or "
+                "delete its lines in labels.jsonl"
+            )
+        if before is None:
+            return super().save_image(image, file)
+        difference = np.asarray(image, float) - np.asarray(before.resize(image.size), float)
         if (change := np.abs(difference).mean()) > PIXEL_TOLERANCE:
             raise LabelError(
                 f"{file} cannot be sampled again as people saw it (pixels differ by {change:.0f} "
@@ -178,6 +191,15 @@ class HumanFeedback(ScorerFeedback):
 def number(score: float) -> float | None:
     """A score as JSON has it."""
     return score if math.isfinite(score) else None
+
+
+def is_judged(image: Path) -> bool:
+    """Whether labels.jsonl of a folder has an answer about RUN/images/NAME."""
+    run, name = image.parents[1], f"images/{image.name}"
+    rows = run_folder.read_lines(run / "labels.jsonl")
+    return any(
+        name in row.get("images", []) and row.get(answer_field(row)) is not None for row in rows
+    )
 
 
 def question(batch: Batch, epoch: int, chains: list[int], *, scores=None, **answer) -> Label:
@@ -208,7 +230,7 @@ def evaluate_held_out(
     images, prompts, kl = sample_held_out(model, denoiser, args, stream=stream)
     if save_as is not None:
         for n, image in enumerate(images[: figures.NUM_FIGURE_IMAGES]):
-            image.save(figures.held_out_file(args.out, save_as, n))
+            run_folder.save_image(figures.held_out_file(args.out, save_as, n), image)
     return feedback.evaluate(images, prompts, kl)
 
 

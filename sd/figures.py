@@ -21,7 +21,16 @@ def held_out_file(run: Path, epoch: int, number: int) -> Path:
 
 
 def held_out_images(run: Path, epoch: int) -> list[Image.Image]:
-    return [Image.open(path) for path in sorted(run.glob(f"images/held_out_e{epoch:03}_*.png"))]
+    return [open_image(path) for path in sorted(run.glob(f"images/held_out_e{epoch:03}_*.png"))]
+
+
+def open_image(file: Path) -> Image.Image | None:
+    """A picture; None where it is not there, or was cut short."""
+    try:
+        with Image.open(file) as image:
+            return image.convert("RGB")
+    except (OSError, SyntaxError, ValueError):  # of PIL, for what is no PNG
+        return None
 
 
 def draw_run(run: Path) -> list[Path]:
@@ -78,9 +87,7 @@ def draw_curves(rows: list[dict], evaluated: list[dict], config: dict, path: Pat
         axis.plot(eval_epochs, [row["watched"] for row in evaluated], "ko-", markersize=4)
         axis.set(xlabel="epoch", ylabel=f"watched: {Path(config['watch']).name}")
         axis.set_ylim(bottom=min(0, axis.get_ylim()[0]))
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-    return path
+    return save_figure(figure, path)
 
 
 def column(rows: list[dict], key: str) -> np.ndarray:
@@ -104,6 +111,10 @@ def draw_rows(rows: list[list[Image.Image]], names: list[str], path: Path) -> Pa
             axis.set(xticks=[], yticks=[])
         line[0].set_ylabel(name)
     figure.subplots_adjust(0.03, 0.01, 0.99, 0.99, wspace=0.03, hspace=0.03)
-    figure.savefig(path, dpi=110)
+    return save_figure(figure, path)
+
+
+def save_figure(figure: plt.Figure, path: Path) -> Path:
+    run_folder.replace(path, lambda part: figure.savefig(part, format="png", dpi=110))
     plt.close(figure)
     return path

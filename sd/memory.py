@@ -148,7 +148,7 @@ class Memory:
         file = self.batch_file(epoch, first)
         if not file.exists():
             return None
-        return d3po.Trajectory(*torch.load(file, map_location=self.accelerator.device))
+        return d3po.Trajectory(*run_folder.load_tensors(file, self.accelerator.device))
 
     def drop_batches(self) -> None:
         for file in self.folder.glob("e*_p*.pt"):
@@ -162,7 +162,7 @@ def group_file(folder: Path, epoch: int) -> Path:
 def load_groups(folder: Path, epoch: int) -> list[Group]:
     """The groups of an epoch; none where it has no file."""
     file = group_file(folder, epoch)
-    return [Group(*parts) for parts in torch.load(file)] if file.exists() else []
+    return [Group(*parts) for parts in run_folder.load_tensors(file)] if file.exists() else []
 
 
 def split(batch: LabelledBatch, prompts: list[str], images_per_prompt: int) -> list[Group]:

@@ -23,9 +23,11 @@ from diffusers import DiffusionPipeline, SchedulerMixin, StableDiffusionXLPipeli
 from diffusers.training_utils import cast_training_params
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from PIL import Image
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import d3po
+from sd import run_folder
 from sd.pipeline import (
     NETWORKS,
     Conditioning,
@@ -38,7 +40,6 @@ from sd.pipeline import (
 from sd.run_folder import Stream, generator
 
 LORA_TARGETS = ["to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj"]  # App. E
-LORA_FILE = "pytorch_lora_weights.safetensors"
 STOCK_IMAGES = 16  # a stock call takes 50 steps, guided
 # Beyond these, float32 log-ratios lose their meaning
 MIN_ALPHA_BAR = 1e-6
@@ -166,17 +167,29 @@ class Model(NamedTuple):
 
     def save_lora(self, folder: Path) -> None:
         """Write the LoRA as pipe.load_lora_weights reads it."""
-        part = f"{LORA_FILE}.part"
         layers = {f"{NETWORKS[type(self.pipe)]}_lora_layers": self.lora_state()}
-        self.pipe.save_lora_weights(folder, weight_name=part, **layers)
-        (folder / part).replace(folder / LORA_FILE)
+
+        def write(part: Path) -> None:
+            self.pipe.save_lora_weights(folder, weight_name=part.name, **layers)
+
+        run_folder.replace(folder / run_folder.LORA_FILE, write)
 
     def lora_state(self) -> dict:
         """The LoRA's tensors by PEFT's names; they follow the training."""
         return get_peft_model_state_dict(self.network)
 
     def load_lora(self, lora: dict) -> None:
+        """Take up tensors by PEFT's names; ValueError where they are of other layers or ranks."""
+        own = self.lora_state()
+        if {name: own[name].shape for name in own} != {name: lora[name].shape for name in lora}:
+            raise ValueError("its layers or their rank are not those of this run")
         set_peft_model_state_dict(self.network, lora)
+
+    def read_lora(self, file: Path) -> None:
+        """Take up what `save_lora` wrote."""
+        prefix = f"{NETWORKS[type(self.pipe)]}."
+        lora = load_file(file)
+        self.load_lora({name.removeprefix(prefix): lora[name] for name in lora})
 
     @property
     def latent_shape(self) -> tuple[int, ...]:

@@ -1,6 +1,7 @@
 """What the parts of a run share, and the checkpoint from which it goes on."""
 
 from argparse import Namespace
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -10,6 +11,7 @@ from sd import report, run_folder
 from sd.feedback import ScorerFeedback
 from sd.memory import Memory
 from sd.model import Model, RunningAverage
+from sd.run_folder import RunError
 
 
 class Run(NamedTuple):
@@ -53,10 +55,30 @@ class Run(NamedTuple):
         return report.usage(self.args.out, model.prompts[0], pipeline=pipeline, flow=flow)
 
     def load_checkpoint(self) -> int:
-        """Go back to the last checkpoint, if there is one; return its epoch, or 0."""
-        file, scaler = self.args.out / "checkpoint" / "state.pt", self.accelerator.scaler
-        if not file.exists():
+        """Go back to the last checkpoint, if there is one; return its epoch, or 0.
+
+        To evaluate, what lora/ holds does too. Raises RunError where neither can be used.
+        """
+        out, evaluate = self.args.out, self.args.evaluate
+        state, lora = out / "checkpoint" / "state.pt", out / "lora" / run_folder.LORA_FILE
+        if state.exists():
+            try:
+                return run_folder.read_file(state, self.restore)
+            except RunError:
+                if not evaluate or not lora.exists():
+                    raise
+        if not evaluate:
             return 0
+        if not lora.exists():
+            raise RunError(f"{out} has trained nothing yet: there is no model to evaluate")
+        run_folder.read_file(lora, self.model.read_lora)
+        self.accelerator.print(f"There is no checkpoint that can be read: this is about {lora}.")
+        rows = run_folder.read_lines(out / "metrics.jsonl")
+        return rows[-1]["epoch"] if rows else 0
+
+    def restore(self, file: Path) -> int:
+        """Take up a checkpoint; return its epoch."""
+        scaler = self.accelerator.scaler
         state = torch.load(file, map_location=self.accelerator.device)
         self.model.load_lora(state["lora"])
         self.average.values = state["average"]

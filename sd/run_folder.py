@@ -1,5 +1,6 @@
 """Run folders: what a run leaves behind. A kill at any moment loses at most the epoch in hand."""
 
+import errno
 import itertools
 import json
 import math
@@ -9,16 +10,23 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from enum import IntEnum
 from pathlib import Path
 
 import numpy as np
 import torch
 from filelock import FileLock, Timeout
+from PIL import Image
+from safetensors import SafetensorError
 
 ROOT = Path(__file__).resolve().parents[1]
+LORA_FILE = "pytorch_lora_weights.safetensors"
 LIBRARIES = ("torch", "diffusers", "transformers", "peft", "accelerate")
+
+
+class RunError(ValueError):
+    """A run folder that cannot be used as it is, in a sentence for the user."""
 
 
 class Stream(IntEnum):
@@ -43,11 +51,40 @@ def generator(*numbers: int) -> torch.Generator:
 # Files: each is at all times the old one or the new one
 
 
+@contextmanager
+def writing(path: Path):
+    """What goes wrong inside is an OSError about this file; torch and safetensors have others."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        code, reason = getattr(error, "errno", None), getattr(error, "strerror", None)
+        reason = reason or f"is the disk full? {str(error).partition(chr(10))[0]}"
+        raise OSError(code or errno.EIO, reason, str(path)) from error
+
+
+def describe(error: Exception) -> str:
+    """An error in a sentence for the user."""
+    if not isinstance(error, OSError) or not error.strerror:
+        return str(error)
+    file, reason = error.filename or "A file", error.strerror
+    return f"{file} cannot be read or written ({reason}): make room for it, or allow it"
+
+
 def replace(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` make a file beside `path`, then put it in its place."""
+    """Let `write` make a file beside `path`, then put it in its place; OSError if it cannot."""
     part = path.with_name(path.name + ".part")
-    write(part)
-    os.replace(part, path)
+    with writing(path):
+        try:
+            part.unlink(missing_ok=True)
+            part.touch()
+            mode = part.stat().st_mode  # as the user's umask has it; safetensors' own is 0600
+            write(part)
+            part.chmod(mode)
+            os.replace(part, path)
+        except BaseException:
+            with suppress(OSError):
+                part.unlink()
+            raise
 
 
 def to_json(content, **layout) -> str:
@@ -80,9 +117,26 @@ def save_tensors(path: Path, content: dict) -> None:
     replace(path, lambda part: torch.save(content, part))
 
 
+def save_image(path: Path, image: Image.Image) -> None:
+    replace(path, lambda part: image.save(part, "PNG"))
+
+
+def read_file(path: Path, read: Callable[[Path], object]):
+    """What `read` makes of a file. Raises RunError where it is damaged, or another's."""
+    try:
+        return read(path)
+    except Exception as error:  # of many kinds, as a damaged file may hold anything
+        reason = " ".join(str(error).split())[:200]
+        raise RunError(f"{path} cannot be used ({reason}): put a copy of it back") from error
+
+
+def load_tensors(path: Path, device: torch.device | str = "cpu"):
+    return read_file(path, lambda file: torch.load(file, map_location=device))
+
+
 def append(path: Path, rows: list[dict]) -> None:
     """Add one JSON object a line, and flush."""
-    with path.open("a") as file:
+    with writing(path), path.open("a") as file:
         file.writelines(to_json(row) + "\n" for row in rows)
 
 
@@ -93,7 +147,14 @@ def read_json(path: Path) -> dict:
 def read_lines(path: Path) -> list[dict]:
     """The JSON objects of a file, if it is there, without a last line that a kill cut short."""
     lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
-    return [json.loads(line) for line in lines]
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            rows.append({**json.loads(line)})
+        except (ValueError, TypeError) as error:
+            message = f"{path}, line {number}: this is no JSON object ({error}): mend the line"
+            raise RunError(message) from error
+    return rows
 
 
 def keep_rows(path: Path, keep: Callable[[dict], bool]) -> None:
@@ -102,10 +163,6 @@ def keep_rows(path: Path, keep: Callable[[dict], bool]) -> None:
 
 
 # Runs
-
-
-class RunError(ValueError):
-    """A run folder that cannot be used as it is, in a sentence for the user."""
 
 
 class Lock:
@@ -149,8 +206,11 @@ def image_files(epoch: int, groups: range, images_per_prompt: int) -> list[str]:
 def create_or_resume(settings: dict) -> Path:
     """Make the folder of a new run, by default runs/OBJECTIVE-N, or open that of --resume.
 
-    Returns its path. Raises ValueError, in a sentence, where it cannot be written.
+    Returns its path. Raises ValueError, in a sentence, where it cannot be written, or goes on
+    from nothing though it has trained.
     """
+    if settings["resume"]:
+        check_not_lost(settings["resume"])
     try:
         out = settings["resume"] or settings["out"]
         if not settings["resume"]:
@@ -161,9 +221,27 @@ def create_or_resume(settings: dict) -> Path:
         for name in ("metrics.jsonl", "labels.jsonl"):
             (out / name).touch()
     except OSError as error:
-        reason = f"cannot be written ({error.strerror}): choose another folder"
-        raise ValueError(f"--out {out} {reason}") from error
+        name, remedy = f"--out {out}", "choose another folder"
+        if settings["resume"]:
+            name, remedy = out, "make room, or allow it"
+        raise ValueError(f"{name} cannot be written ({error.strerror}): {remedy}") from error
     return out
+
+
+def check_not_lost(out: Path) -> None:
+    """Raise RunError for a run that has trained and lost its checkpoint.
+
+    A kill in the first epoch may come after its row of metrics.jsonl and before its checkpoint.
+    """
+    epochs = [row["epoch"] for row in read_lines(out / "metrics.jsonl")]
+    lora, folder = out / "lora" / LORA_FILE, out / "checkpoint"
+    first = epochs == [1] and folder.is_dir() or not epochs and not lora.exists()
+    if first or (folder / "state.pt").exists():
+        return
+    remedy = "put a copy back"
+    if lora.exists():
+        remedy = f"--evaluate it, begin a new run with --init-lora {lora.parent}, or {remedy}"
+    raise RunError(f"{out} has lost checkpoint/state.pt, so it cannot go on: {remedy}")
 
 
 def provenance() -> dict:
