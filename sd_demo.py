@@ -117,7 +117,7 @@ def train(run: Run, epochs_done: int, bar: tqdm) -> None:
                 run_folder.append(args.out / "metrics.jsonl", [row])
                 figures.draw_run(args.out)
                 run.save(epoch)
-                memory.drop_batches()
+                memory.drop_batches(epoch)
                 run.feedback.status(f"Sampling, epoch {epoch + 1}")
                 if not stop:
                     problem = metrics.nothing_to_learn(args.out)
@@ -243,7 +243,7 @@ def start(parser: ArgumentParser, args: Namespace, lock: run_folder.Lock) -> Non
         accelerator.print(cost.describe(plan, model, args))
         if args.dry_run:
             return
-        groups = given.encode(model.conditioning) if is_main else []
+        groups = given.encode(model.conditioning) if is_main and not args.evaluate else []
         if is_main and not args.evaluate:
             args.out = run_folder.create_or_resume(vars(args))
             lock.acquire(args.out)
@@ -261,7 +261,8 @@ def start(parser: ArgumentParser, args: Namespace, lock: run_folder.Lock) -> Non
             memory=Memory(args, accelerator, model.schedule, numbered),
         )
         epochs_done = run.load_checkpoint()
-        run.memory.load(epochs_done, given=groups)
+        if not args.evaluate:
+            run.memory.load(epochs_done, given=groups)
     except (ValueError, FloatingPointError, OSError) as error:
         message = run_folder.describe(error)
         parser.error(" ".join(message.split()))  # some libraries' errors have many lines

@@ -86,6 +86,8 @@ class Memory:
     def load(self, epochs_done: int, given: list[Group]) -> None:
         """Take up the groups of these epochs; given: of --labels, in a run that starts."""
         self.keep(0, given)
+        if self.accelerator.is_main_process:
+            self.drop_batches(epochs_done)
         for epoch in range(1 if self.groups else 0, epochs_done + 1):
             self.groups += load_groups(self.folder, epoch)
 
@@ -150,9 +152,10 @@ class Memory:
             return None
         return d3po.Trajectory(*run_folder.load_tensors(file, self.accelerator.device))
 
-    def drop_batches(self) -> None:
+    def drop_batches(self, epochs_done: int) -> None:
         for file in self.folder.glob("e*_p*.pt"):
-            file.unlink()
+            if int(file.name.partition("_")[0].removeprefix("e")) <= epochs_done:
+                file.unlink()
 
 
 def group_file(folder: Path, epoch: int) -> Path:

@@ -191,7 +191,7 @@ def test_a_batch_that_was_sampled_is_not_sampled_again(tiny, tmp_path):
         weight.data.add_(0.1)
     (second,) = sd_demo.sample_epoch(loaded.run, 1)
     assert all(map(torch.equal, first.trajectory, second.trajectory))
-    loaded.run.memory.drop_batches()
+    loaded.run.memory.drop_batches(1)
     (third,) = sd_demo.sample_epoch(loaded.run, 1)
     assert not torch.equal(first.trajectory.x, third.trajectory.x)
 
