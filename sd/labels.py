@@ -88,13 +88,6 @@ def pairs_from_labels(labels: list[Label]) -> Tensor:
     return torch.cat(pairs)
 
 
-def has_preference(row: dict) -> bool:
-    """Whether an answered question gives a pair to train on."""
-    if answer_field(row) == "bad":
-        return any(row["bad"]) and not all(row["bad"])
-    return row["h"] != 0
-
-
 def pairs_of_group(group: Sequence[int]) -> list[tuple[int, int]]:
     """Pairs of a group of K to ask people about: each image with the next, in a circle.
 

@@ -23,7 +23,7 @@ def test_streams_are_apart_and_each_number_counts():
     draws = [torch.randn(4, generator=generator(*numbers)) for numbers in seeds]
     assert len({tuple(draw.tolist()) for draw in draws}) == 4
     assert torch.equal(draws[0], torch.randn(4, generator=generator(0, 0, 1)))
-    assert len(set(Stream)) == 7
+    assert len(set(Stream)) == 8
 
 
 def test_a_new_run_has_a_config_and_empty_tables():
