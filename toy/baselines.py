@@ -1,15 +1,20 @@
 """The methods that the paper compares with, and Diffusion-DPO: iterators of losses like d3po.py's.
 
-Every method gets the same trajectories of B chains, and what it may know about them: the scores
-(B,) of the final points, or the pairs (P, 2) of winners and losers. Steps come in random order; a
-loss is the mean over the chains or pairs.
+Every method gets the same trajectories of B chains, of any shape *D, and what it may know about
+them: the scores (B,) of the final points, or the pairs (P, 2) of winners and losers. A loss is the
+mean over the chains or pairs. All of them take
+
+    cond: None or a tensor (B, ...), as in d3po.py.
+    steps: actions to train on, in this order; by default all, shuffled by torch's global generator.
+    generator: of the noises that those draw which denoise; by default torch's global one.
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Generator, Tensor
 
 import d3po
 from d3po import Denoiser, Schedule, Trajectory
@@ -23,18 +28,20 @@ def ddpo_losses(
     *,
     scores: Tensor,
     clip: float,
+    cond: Any = None,
+    steps: list[int] | None = None,
 ) -> Iterator[Tensor]:
     """DDPO with importance sampling: PPO's clipped policy gradient, advantages normalised.
 
         L_i = - mean min(rho A, clamp(rho, 1 - clip, 1 + clip) A),    A = (r - mean r) / sd r
         rho = pi(a_i | s_i) / pi_sampling(a_i | s_i)
 
-    Knows no KL: clip bounds how far one batch can change the policy.
+    Knows no KL: clip bounds how far one batch can change the policy. Equal scores: A = 0.
     Source: Black et al., arXiv 2305.13301, Sec. 4.3.
     """
-    advantage = (scores - scores.mean()) / scores.std()
-    for i in _random_order(schedule):
-        rho = _ratio(policy, schedule, trajectory, i=i)
+    advantage = (scores - scores.mean()) / scores.std().clamp(min=1e-8)
+    for i in _order(schedule, steps):
+        rho = _ratio(policy, schedule, trajectory, i=i, cond=cond)
         clipped = rho.clamp(1 - clip, 1 + clip)
         yield -torch.minimum(rho * advantage, clipped * advantage).mean()
 
@@ -47,6 +54,8 @@ def dpok_losses(
     reference: Denoiser,
     scores: Tensor,
     beta: float,
+    cond: Any = None,
+    steps: list[int] | None = None,
 ) -> Iterator[Tensor]:
     """DPOK: policy gradient, plus beta times the KL of each action to the reference's.
 
@@ -56,9 +65,9 @@ def dpok_losses(
     Source: Fan et al., arXiv 2305.16381, Sec. 4.2.
     """
     advantage = scores - scores.mean()
-    for i in _random_order(schedule):
-        kl = step_kl(policy, reference, schedule, i=i, x=trajectory.x[i])
-        rho = _ratio(policy, schedule, trajectory, i=i)
+    for i in _order(schedule, steps):
+        kl = step_kl(policy, reference, schedule, i=i, x=trajectory.x[i], cond=cond)
+        rho = _ratio(policy, schedule, trajectory, i=i, cond=cond)
         yield (-rho * advantage + beta * kl).mean()
 
 
@@ -69,6 +78,9 @@ def reward_weighted_losses(
     *,
     scores: Tensor,
     temperature: float,
+    cond: Any = None,
+    steps: list[int] | None = None,
+    generator: Generator | None = None,
 ) -> Iterator[Tensor]:
     """Reward Weighted: denoising of the policy's own final samples, each weighted by its reward.
 
@@ -80,8 +92,9 @@ def reward_weighted_losses(
     """
     weight = torch.softmax(scores / temperature, 0) * len(scores)
     x_0 = trajectory.x[-1]
-    for i in _random_order(schedule):
-        error = _denoising_error(policy, schedule, i, x_0=x_0, eps=torch.randn_like(x_0))
+    for i in _order(schedule, steps):
+        eps = _noise(x_0, generator)
+        error = _denoising_error(policy, schedule, i, x_0=x_0, eps=eps, cond=cond)
         yield (weight * error).mean()
 
 
@@ -93,17 +106,26 @@ def preferred_losses(
     reference: Denoiser,
     pairs: Tensor,
     kl_weight: float,
+    cond: Any = None,
+    steps: list[int] | None = None,
+    generator: Generator | None = None,
 ) -> Iterator[Tensor]:
     """Supervised fine-tuning on the preferred samples (paper, Table 1 b): denoising of the winners.
 
         L_i = mean |eps - eps_theta(sqrt(ab) x_0 + sqrt(1 - ab) eps)|^2 + kl_weight mean KL_i
 
-    The paper's is kl_weight = 0. Without an anchor it does not know where to stop.
+    The paper's is kl_weight = 0. Without an anchor it does not know where to stop. A sample that
+    wins n pairs goes through the network once, with weight n.
     """
-    x = trajectory.x[:, pairs[:, 0]]
-    for i in _random_order(schedule):
-        error = _denoising_error(policy, schedule, i, x_0=x[-1], eps=torch.randn_like(x[-1]))
-        yield (error + kl_weight * step_kl(policy, reference, schedule, i=i, x=x[i])).mean()
+    winners, wins = pairs[:, 0].to(trajectory.x.device).unique(return_counts=True)
+    x, cond = trajectory.x[:, winners], _rows(cond, winners)
+    for i in _order(schedule, steps):
+        eps = _noise(x[-1], generator)
+        loss = _denoising_error(policy, schedule, i, x_0=x[-1], eps=eps, cond=cond)
+        if kl_weight:
+            kl = step_kl(policy, reference, schedule, i=i, x=x[i], cond=cond)
+            loss = loss + kl_weight * kl
+        yield (wins * loss).sum() / len(pairs)
 
 
 def diffusion_dpo_losses(
@@ -114,6 +136,9 @@ def diffusion_dpo_losses(
     reference: Denoiser,
     pairs: Tensor,
     beta: float,
+    cond: Any = None,
+    steps: list[int] | None = None,
+    generator: Generator | None = None,
 ) -> Iterator[Tensor]:
     """Diffusion-DPO: like Eq. 14, on x_0 noised forwards in place of the states of the trajectory.
 
@@ -121,31 +146,40 @@ def diffusion_dpo_losses(
 
     Source: Wallace et al., arXiv 2311.12908, Eq. 14, their weight T omega(lambda_t) inside beta.
     """
-    winners, losers = trajectory.x[-1, pairs.T]
-    for i in _random_order(schedule):
-        eps = torch.randn_like(winners)
+    both = pairs.T.flatten().to(trajectory.x.device)  # the winners, then the losers
+    x_0, cond = trajectory.x[-1, both], _rows(cond, both)
+    for i in _order(schedule, steps):
+        eps = _noise(x_0[: len(pairs)], generator).repeat(2, *[1] * (x_0.ndim - 1))
         with torch.no_grad():
-            ref_w = _denoising_error(reference, schedule, i, x_0=winners, eps=eps)
-            ref_l = _denoising_error(reference, schedule, i, x_0=losers, eps=eps)
-        error_w = _denoising_error(policy, schedule, i, x_0=winners, eps=eps)
-        error_l = _denoising_error(policy, schedule, i, x_0=losers, eps=eps)
-        yield -F.logsigmoid(-beta * (error_w - ref_w - error_l + ref_l)).mean()
+            error_ref = _denoising_error(reference, schedule, i, x_0=x_0, eps=eps, cond=cond)
+        error = _denoising_error(policy, schedule, i, x_0=x_0, eps=eps, cond=cond)
+        winner, loser = (error - error_ref).chunk(2)
+        yield -F.logsigmoid(-beta * (winner - loser)).mean()
 
 
-def _ratio(policy, schedule, trajectory, i) -> Tensor:
+def _ratio(policy, schedule, trajectory, i, cond=None) -> Tensor:
     """pi(a_i | s_i) / pi_sampling(a_i | s_i): (B,)."""
-    mean = d3po.policy_mean(policy, schedule, i, trajectory.x[i])
+    mean = d3po.policy_mean(policy, schedule, i, trajectory.x[i], cond)
     log_prob = d3po.log_prob(trajectory.x[i + 1], mean, schedule.sigma[i])
     return (log_prob - trajectory.log_prob[i]).exp()
 
 
-def _denoising_error(denoiser, schedule, i, x_0, eps) -> Tensor:
-    """|eps - eps_theta|^2 (B,) at the noise level of step i, for x_0 (B, 2) noised with eps."""
+def _denoising_error(denoiser, schedule, i, x_0, eps, cond) -> Tensor:
+    """|eps - eps_theta|^2 (B,) at the noise level of step i, for x_0 (B, *D) noised with eps."""
     ab = schedule.alpha_bar[i]
     x = ab.sqrt() * x_0 + (1 - ab).sqrt() * eps
-    time = schedule.timesteps[i].expand(len(x_0))
-    return (eps - denoiser(x, time, None)).square().sum(1)
+    time = schedule.timesteps[i].to(x.device).expand(len(x))
+    return (eps - denoiser(x, time, cond)).square().flatten(1).sum(1)
 
 
-def _random_order(schedule: Schedule) -> list[int]:
-    return torch.randperm(len(schedule.sigma)).tolist()
+def _noise(x: Tensor, generator: Generator | None) -> Tensor:
+    device = x.device if generator is None else generator.device
+    return torch.randn(x.shape, generator=generator, device=device, dtype=x.dtype).to(x.device)
+
+
+def _rows(cond: Any, chains: Tensor) -> Any:
+    return None if cond is None else cond[chains]
+
+
+def _order(schedule: Schedule, steps: list[int] | None) -> list[int]:
+    return torch.randperm(len(schedule.sigma)).tolist() if steps is None else list(steps)

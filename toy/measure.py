@@ -1,7 +1,7 @@
 """What a run reports: score, KL, J = E[r] - beta KL, win rate, and the share on the data."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,17 +27,18 @@ def step_kl(
     schedule: d3po.Schedule,
     i: int,
     x: Tensor,
+    cond: Any = None,
 ) -> Tensor:
-    """KL of action i to the reference's in states x (B, 2): (B,), nats.
+    """KL of action i to the reference's in states x (B, *D): (B,), nats.
 
         KL_i = |mu - mu_ref|^2 / (2 sigma_i^2)
 
     The gradient is the policy's.
     """
     with torch.no_grad():
-        mean_ref = d3po.policy_mean(reference, schedule, i, x)
-    mean = d3po.policy_mean(policy, schedule, i, x)
-    return (mean - mean_ref).square().sum(1) / (2 * schedule.sigma[i] ** 2)
+        mean_ref = d3po.policy_mean(reference, schedule, i, x, cond)
+    mean = d3po.policy_mean(policy, schedule, i, x, cond)
+    return (mean - mean_ref).square().flatten(1).sum(1) / (2 * schedule.sigma[i] ** 2)
 
 
 @torch.no_grad()

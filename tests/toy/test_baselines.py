@@ -253,3 +253,129 @@ def test_every_baseline_trains_the_adapter_and_never_the_reference(sampled):
         assert len(losses) == len(SCHEDULE.sigma) and all(loss.ndim == 0 for loss in losses)
         assert gradient(sum(losses), policy).abs().sum() > 0
         assert all(torch.equal(before[name], value) for name, value in policy.state_dict().items())
+
+
+# Images, with prompts
+
+
+class Linear(torch.nn.Module):
+    """eps = weight * x + bias of the prompt, for x (B, 2, 3, 4)."""
+
+    def __init__(self, seed):
+        super().__init__()
+        random = torch.Generator().manual_seed(seed)
+        self.weight = torch.nn.Parameter(torch.randn(2, 3, 4, generator=random) / 5)
+        self.bias = torch.nn.Parameter(torch.randn(3, 2, 3, 4, generator=random) / 5)
+
+    def forward(self, x, time, cond):
+        return self.weight * x + self.bias[cond]
+
+
+COND = torch.tensor([0, 0, 0, 2, 2, 2])  # two groups of three images
+SCORES = torch.tensor([1.0, 3.0, 2.0, 0.5, 0.5, -1.0])
+PAIRS = d3po.pairs_from_scores(SCORES.view(2, 3))
+POLICY, SAMPLED_BY, INITIAL = Linear(0), Linear(1), Linear(2)
+
+
+def step_gaussian(denoiser, i, state, k):
+    """The action of chain k in one state, by torch.distributions."""
+    one = d3po.policy_mean(denoiser, SCHEDULE, i, state[k : k + 1], COND[k : k + 1])[0]
+    return Independent(Normal(one, SCHEDULE.sigma[i]), 3)
+
+
+def expected_losses(method, i, x, eps):
+    """Each method's loss of step i, chain by chain, as its docstring says."""
+    chains, ab = range(6), SCHEDULE.alpha_bar[i]
+    log_ratio = [
+        step_gaussian(POLICY, i, x[i], k).log_prob(x[i + 1, k])
+        - step_gaussian(SAMPLED_BY, i, x[i], k).log_prob(x[i + 1, k])
+        for k in chains
+    ]
+    kl = [
+        kl_divergence(step_gaussian(POLICY, i, x[i], k), step_gaussian(INITIAL, i, x[i], k))
+        for k in chains
+    ]
+
+    def error(denoiser, k, noise):
+        noised = ab.sqrt() * x[-1, k] + (1 - ab).sqrt() * noise
+        return ((noise - denoiser(noised[None], None, COND[k : k + 1])[0]) ** 2).sum()
+
+    centred = SCORES - sum(SCORES) / 6
+    if method is baselines.ddpo_losses:
+        advantage = centred / (sum(centred**2) / 5).sqrt()
+        losses = []
+        for k in chains:
+            rho = log_ratio[k].exp()
+            bound = 1.1 if advantage[k] > 0 else 0.9
+            beyond = rho > bound if advantage[k] > 0 else rho < bound
+            losses.append(-(bound if beyond else rho) * advantage[k])
+    elif method is baselines.dpok_losses:
+        losses = [-log_ratio[k].exp() * centred[k] + 0.3 * kl[k] for k in chains]
+    elif method is baselines.reward_weighted_losses:
+        weight = (SCORES / 0.7).exp()
+        weight = weight / weight.mean()
+        losses = [weight[k] * error(POLICY, k, eps[k]) for k in chains]
+    elif method is baselines.preferred_losses:
+        winners = sorted(set(PAIRS[:, 0].tolist()))
+        noises = dict(zip(winners, eps, strict=False))
+        losses = [error(POLICY, k, noises[k]) + 0.4 * kl[k] for k in PAIRS[:, 0].tolist()]
+    else:
+        losses = []
+        for (winner, loser), noise in zip(PAIRS.tolist(), eps, strict=False):
+            gain_w, gain_l = (
+                error(INITIAL, k, noise) - error(POLICY, k, noise) for k in (winner, loser)
+            )
+            losses.append((1 + (-5e-4 * (gain_w - gain_l)).exp()).log())
+    return sum(losses) / len(losses)
+
+
+METHODS = {
+    baselines.ddpo_losses: {"scores": SCORES, "clip": 0.1},
+    baselines.dpok_losses: {"scores": SCORES, "beta": 0.3, "reference": INITIAL},
+    baselines.reward_weighted_losses: {"scores": SCORES, "temperature": 0.7},
+    baselines.preferred_losses: {"pairs": PAIRS, "kl_weight": 0.4, "reference": INITIAL},
+    baselines.diffusion_dpo_losses: {"pairs": PAIRS, "beta": 5e-4, "reference": INITIAL},
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_images_with_prompts_follow_the_formulas_chain_by_chain(method):
+    random = torch.Generator().manual_seed(3)
+    x_T = torch.randn(2, 2, 3, 4, generator=random).repeat_interleave(3, 0)
+    trajectory = d3po.rollout(SAMPLED_BY, SCHEDULE, x_T, COND, random)
+    order = [7, 0, 4]
+    options = METHODS[method] | {"cond": COND, "steps": order}
+    shapes = {  # of the noises that a step draws
+        baselines.reward_weighted_losses: (6, 2, 3, 4),
+        baselines.preferred_losses: (len(PAIRS[:, 0].unique()), 2, 3, 4),
+        baselines.diffusion_dpo_losses: (len(PAIRS), 2, 3, 4),
+    }
+    if method in shapes:
+        options["generator"] = torch.Generator().manual_seed(4)
+    same = torch.Generator().manual_seed(4)
+    losses = method(POLICY, SCHEDULE, trajectory, **options)
+    for i, loss in zip(order, losses, strict=True):
+        eps = torch.randn(shapes.get(method, 0), generator=same)
+        expected = expected_losses(method, i, trajectory.x, eps)
+        torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-5)
+        weights = list(POLICY.parameters())
+        gradients = zip(
+            *(torch.autograd.grad(value, weights) for value in (loss, expected)), strict=True
+        )
+        for found, wanted in gradients:
+            torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-5)
+
+
+def test_equal_scores_teach_ddpo_nothing():
+    trajectory = d3po.rollout(SAMPLED_BY, SCHEDULE, torch.randn(6, 2, 3, 4), COND)
+    for loss in baselines.ddpo_losses(
+        POLICY, SCHEDULE, trajectory, scores=torch.ones(6), clip=0.1, cond=COND
+    ):
+        assert loss == 0
+
+
+def test_without_a_kl_the_reference_is_not_asked():
+    trajectory = d3po.rollout(SAMPLED_BY, SCHEDULE, torch.randn(6, 2, 3, 4), COND)
+    options = {"reference": None, "pairs": PAIRS, "kl_weight": 0, "cond": COND}
+    losses = baselines.preferred_losses(POLICY, SCHEDULE, trajectory, **options)
+    assert len(list(losses)) == len(SCHEDULE.sigma)
