@@ -20,7 +20,6 @@ from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 from tqdm import tqdm
 
-import d3po
 from sd import cost, figures, metrics, options, report, run_folder
 from sd.feedback import (
     HumanFeedback,
@@ -29,7 +28,8 @@ from sd.feedback import (
     evaluate_held_out,
     evaluate_initial,
 )
-from sd.labels import LabelError, pairs_from_labels
+from sd.labels import LabelError, pairs_from_labels, scores_from_labels
+from sd.losses import LOSSES, SCORED
 from sd.memory import Given, LabelledBatch, Memory
 from sd.model import Batch, RunningAverage, load_model, make_accelerator, sample
 from sd.prompts import load_prompts
@@ -37,7 +37,6 @@ from sd.run import Run
 from sd.run_folder import RunError, Stream, generator
 from sd.scorers import ScorerError
 
-LOSSES = {"eq14": d3po.d3po_losses, "eq12": d3po.d3po_losses, "chain": d3po.chain_dpo_losses}
 MAX_SKIPPED = 10  # updates in a row whose gradient overflowed
 
 
@@ -51,8 +50,7 @@ def train(run: Run, epochs_done: int, bar: tqdm) -> None:
     last_overflows = []
 
     for epoch in range(epochs_done + 1, last_epoch + 1):  # line 2
-        cosine = (1 + math.cos(math.pi * (epoch - 1) / last_epoch)) / 2
-        run.optimizer.param_groups[0]["lr"] = args.lr * cosine * min(1, epoch / args.warm_up)
+        run.optimizer.param_groups[0]["lr"] = options.learning_rate(args, epoch)
         started = time.perf_counter()
 
         # Sample groups of K images, each from one prompt and one x_T: lines 3-11
@@ -63,7 +61,12 @@ def train(run: Run, epochs_done: int, bar: tqdm) -> None:
         labels = run.feedback.label(batches, epoch) if batches else []
         labelled = time.perf_counter()
         new = [
-            LabelledBatch(batch.trajectory, batch.cond, pairs_from_labels(of_batch))
+            LabelledBatch(
+                batch.trajectory,
+                batch.cond,
+                pairs_from_labels(of_batch),
+                scores=scores_from_labels(of_batch, batch.cond),
+            )
             for batch, of_batch in zip(batches, labels, strict=True)
         ]
         memory.add(epoch, new, args.images_per_prompt)
@@ -76,7 +79,9 @@ def train(run: Run, epochs_done: int, bar: tqdm) -> None:
             first = first or (batch, ref_log_prob)
             random = generator(args.seed, Stream.STEPS, epoch, n)
             steps = torch.randperm(run.trained_steps, generator=random).tolist()
-            done = update_batch(run, batch, ref_log_prob=ref_log_prob, steps=steps)
+            done = update_batch(
+                run, batch, ref_log_prob=ref_log_prob, steps=steps, generator=random
+            )
             losses += done[0]
             overflows += done[1]
         trained = time.perf_counter()
@@ -158,24 +163,28 @@ def reference_log_prob(run: Run, batch: LabelledBatch) -> Tensor:
 
 
 def update_batch(
-    run: Run, batch: LabelledBatch, *, ref_log_prob: Tensor, steps: list[int]
+    run: Run,
+    batch: LabelledBatch,
+    *,
+    ref_log_prob: Tensor,
+    steps: list[int],
+    generator: torch.Generator | None = None,
 ) -> tuple[list[float], list[bool]]:
     """Alg. 1 lines 24-35 on one batch. Returns losses, and for each update if it overflowed.
 
-    Gradients are those of the mean over the pairs of all processes; one without pairs takes part
-    with weight 0.
+    Gradients are those of the mean over the pairs of all processes, or over the chains where a
+    method sees scores; a process without pairs takes part with weight 0.
     """
     args, accelerator, model, pairs = run.args, run.accelerator, run.model, batch.pairs
-    count = torch.tensor(float(len(pairs)), device=accelerator.device)
-    total = accelerator.reduce(count).item()
+    own = len(batch.cond if args.loss in SCORED else pairs)
+    total = accelerator.reduce(torch.tensor(float(own), device=accelerator.device)).item()
     if total == 0:
         return [], []
-    weight = len(pairs) * accelerator.num_processes / total
-    pairs = pairs if len(pairs) else pairs.new_zeros(1, 2)
+    weight = own * accelerator.num_processes / total
+    batch = batch if len(pairs) else batch._replace(pairs=pairs.new_zeros(1, 2))
     steps = [0] if args.loss == "eq12" else steps  # Eq. 12 is Eq. 14 on the first step
-    chosen = {"cond": batch.cond, "steps": steps} | ({"clip": args.clip} if args.clip else {})
     step_losses = LOSSES[args.loss](
-        model.policy, model.schedule, batch.trajectory, pairs, args.beta, ref_log_prob, **chosen
+        model, batch, args, ref_log_prob=ref_log_prob, steps=steps, generator=generator
     )
     losses, overflows = [], []
     for k, loss in enumerate(step_losses):
@@ -233,12 +242,16 @@ def start(parser: ArgumentParser, args: Namespace, lock: run_folder.Lock) -> Non
         options.check_batches(args, accelerator.num_processes)
         given = Given(args, accelerator)
         prompts = given.prompts if args.prompts is None else load_prompts(args.prompts)
+        eval_prompts = load_prompts(args.eval_prompts) if args.eval_prompts else prompts
         known = set(prompts)
-        numbered = [*prompts, *(text for text in given.prompts if text not in known)]
-        model = load_model(args, prompts, accelerator, numbered=numbered, on_call=bar.update)
+        others = dict.fromkeys([*given.prompts, *eval_prompts])
+        numbered = [*prompts, *(text for text in others if text not in known)]
+        names = {"numbered": numbered, "eval_prompts": eval_prompts}
+        model = load_model(args, prompts, accelerator, on_call=bar.update, **names)
         feedback = (HumanFeedback if people else ScorerFeedback)(args, prompts, accelerator)
         args.groups_given = given.groups
-        args.beta = args.beta or options.PAPER_BETA / math.prod(model.latent_shape)
+        if args.beta is None:
+            args.beta = options.PAPER_BETA / math.prod(model.latent_shape)
         plan = cost.estimate(model, args, accelerator.num_processes)
         accelerator.print(cost.describe(plan, model, args))
         if args.dry_run:

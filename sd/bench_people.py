@@ -42,7 +42,6 @@ from sd.model import (
 from sd.prompts import load_prompts
 from sd.run_folder import Stream, generator
 from sd.scorers import jpeg_kb
-from toy import baselines
 from toy.emoji_sd import classifier
 from toy.emoji_sd.render import NAMES, render
 
@@ -107,7 +106,7 @@ RECIPES = {  # flags after those of the taste
     "Eq. 14": BARE,
     "Eq. 14, slow start": f"{SLOW} --replay 0",
     "Eq. 14 + memory": f"{SLOW} --replay 2",
-    "SFT + memory": f"{SLOW} --replay 2",
+    "SFT + memory": f"{SLOW} --replay 2 --loss sft --beta 0",
     "best of four": (
         "--objective tags --images-per-prompt 4 --epochs 20 --loss chain --update-every trajectory "
         "--batch-size 1 --replay 4 --beta 0.1 --warm-up 8"
@@ -159,19 +158,6 @@ class SimulatedPerson(HumanFeedback):
         folder = self.args.out / "loras" / str(self.clicks)
         folder.mkdir(parents=True)
         shutil.copy(self.args.out / "lora" / LORA_FILE, folder)
-
-
-def sft_losses(policy, schedule, trajectory, pairs, beta, ref_log_prob, cond, steps):
-    """Supervised fine-tuning on the winners, as an entry of sd_demo.LOSSES."""
-    del beta, ref_log_prob, steps
-    winners = cond[pairs[:, 0]]
-
-    def of_winners(x: Tensor, time: Tensor, _) -> Tensor:
-        return policy(x, time, winners)
-
-    yield from baselines.preferred_losses(
-        of_winners, schedule, trajectory, reference=of_winners, pairs=pairs, kl_weight=0
-    )
 
 
 def fits(taste: str, recipe: str, _) -> bool:
@@ -237,11 +223,7 @@ def run(job: Job, work: Path) -> None:
         flags = f"--labels {label_first(job, given)} --prompts animals"
     argv = [*flags.split(), "--seed", str(job.seed), "--out", str(out)]
     person = partial(SimulatedPerson, taste=TASTES[job.taste])
-    losses = {"eq14": sft_losses} if job.recipe == "SFT + memory" else {}
-    with (
-        mock.patch.object(sd_demo, "HumanFeedback", person),
-        mock.patch.dict(sd_demo.LOSSES, losses),
-    ):
+    with mock.patch.object(sd_demo, "HumanFeedback", person):
         sd_demo.main(argv)
     seconds = sum(
         row["seconds_sample"] + row["seconds_train"]

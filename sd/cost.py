@@ -11,6 +11,8 @@ from sd.labels import pairs_of_group
 from sd.model import Model
 from sd.pipeline import PRESETS
 
+# Calls of the network in a step of a loss, with gradient and without; others have one with
+CALLS = {"chain": (1, 1), "sft": (2, 1), "dpok": (2, 1), "diffusion-dpo": (1, 1)}
 # What autograd holds in SD 1.5's UNet, in maps of its first block, by gradient checkpointing
 ACTIVATION_MAPS = {False: 362, True: 90}
 
@@ -20,7 +22,7 @@ class Cost(NamedTuple):
 
     labels: int  # of an epoch, as are the next five
     rows_sampled: int
-    rows_without_gradient: int
+    rows_without_gradient: int  # to train: at most
     rows_with_gradient: int
     calls: int  # of the UNet on one device
     calls_given: int  # of an epoch on the images of --labels, at most
@@ -37,15 +39,18 @@ def estimate(model: Model, args: Namespace, processes: int) -> Cost:
     groups, batches = args.pairs_per_epoch, args.pairs_per_epoch // across
     batches_given = math.ceil(min(args.groups_given, EPOCH_GROUPS) / across)
     trained = 1 if args.loss == "eq12" else T - args.skip_last
-    without_gradient = 0  # steps
-    if args.reference == "initial":
-        without_gradient += T
-    if args.loss == "chain":
-        without_gradient += trained
+    per_step = CALLS.get(args.loss, (1, 0))
+    if args.loss == "sft" and not args.beta:
+        per_step = (1, 0)
+    with_gradient, without_gradient = (calls * trained for calls in per_step)
+    of_reference = T if args.reference == "initial" else 0
     checks = T if args.reference == "initial" else 2 * T  # the metrics of one batch
 
     of_group = K * model.conditioning.halves
-    rows, rows_trained = groups * of_group, (groups + args.replay * across) * of_group
+    chains = {"sft": K - 1, "diffusion-dpo": K * (K - 1)}.get(args.loss, K)  # a group's in a step
+    groups_trained = groups + args.replay * across
+    rows_step = groups_trained * chains * model.conditioning.halves
+    calls_batch = of_reference + without_gradient + with_gradient
     lora = sum(p.numel() for p in model.lora)
     weights = sum(
         p.numel() * p.element_size()
@@ -61,11 +66,13 @@ def estimate(model: Model, args: Namespace, processes: int) -> Cost:
 
     return Cost(
         labels=groups * labels_of_group(args.objective, K),
-        rows_sampled=rows * T,
-        rows_without_gradient=rows_trained * without_gradient,
-        rows_with_gradient=rows_trained * trained,
-        calls=batches * T + (batches + args.replay) * (without_gradient + trained) + checks,
-        calls_given=batches_given * (without_gradient + trained) + checks,
+        rows_sampled=groups * of_group * T,
+        rows_without_gradient=(
+            groups_trained * of_group * of_reference + rows_step * without_gradient
+        ),
+        rows_with_gradient=rows_step * with_gradient,
+        calls=batches * T + (batches + args.replay) * calls_batch + checks,
+        calls_given=batches_given * calls_batch + checks,
         calls_eval=math.ceil(args.eval_images / (args.batch_size * K)) * T,
         lora_weights=lora,
         memory_gb=memory / 1e9,
@@ -109,12 +116,16 @@ def describe(cost: Cost, model: Model, args: Namespace) -> str:
         )
     first = " ".join(model.prompts[0].split())
     beside = "" if cost.memory_known else " of weights; what training adds is not known here"
+    strength = f"--loss {args.loss}.\n"
+    if args.loss in ("eq14", "eq12", "chain"):
+        strength = (
+            f"beta {args.beta:.3g} per nat of a step's log-ratio, a sum over {D:,} latent elements;"
+            f"\nas {args.beta * D:.3g} for their mean, which the released code takes. "
+        )
     return (
         f"{args.model} on {device}; {args.precision}; "
         f"LoRA rank {args.lora_rank}: {cost.lora_weights / 1e6:.2f} M weights.\n"
         f"Prompts of {args.prompts or args.labels}: {len(model.prompts)}, first: {first:.80}\n"
-        f"{preset}{epoch}"
-        f"beta {args.beta:.3g} per nat of a step's log-ratio, a sum over {D:,} latent elements;\n"
-        f"as {args.beta * D:.3g} for their mean, which the released code takes. "
+        f"{preset}{epoch}{strength}"
         f"Memory: about {cost.memory_gb:.1f} GB{beside}."
     )

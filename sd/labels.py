@@ -98,6 +98,19 @@ def pairs_of_group(group: Sequence[int]) -> list[tuple[int, int]]:
     return [(group[a], group[b]) for a, b in sorted(circle)]
 
 
+def scores_from_labels(labels: list[Label], cond: Tensor) -> Tensor | None:
+    """The score (B,) of each chain of a batch, for methods that see scores.
+
+    None where people gave the labels, or several scorers. cond (B,): of the batch, for its device.
+    """
+    scores = torch.full(cond.shape, math.nan, device=cond.device)
+    for chains, row in labels:
+        if row["scores"] is None or isinstance(row["scores"][0], list):
+            return None
+        scores[chains] = torch.tensor(row["scores"], device=cond.device)
+    return scores
+
+
 def answer_field(question: dict) -> str:
     """The key of the answer: "bad" for tags of a group, "h" for a pair."""
     return "bad" if "bad" in question else "h"

@@ -43,6 +43,7 @@ class LabelledBatch(NamedTuple):
     trajectory: d3po.Trajectory  # of B chains
     cond: Tensor  # (B,) numbers of prompts
     pairs: Tensor  # (P, 2) rows (winner, loser)
+    scores: Tensor | None = None  # (B,); None where there is not one score an image
 
 
 class Memory:

@@ -159,6 +159,7 @@ class Model(NamedTuple):
     reference: PipelinePolicy  # the model before training
     schedule: d3po.Schedule
     prompts: list[str]
+    eval_prompts: Tensor  # (E,) numbers of those that held-out noises have, in turn
     lora: list[Tensor]  # the weights that are trained
 
     def log_prob(self, denoiser: PipelinePolicy, batch: "Batch") -> Tensor:
@@ -216,11 +217,13 @@ def load_model(
     accelerator: Accelerator,
     *,
     numbered: list[str] | None = None,
+    eval_prompts: list[str] | None = None,
     on_call: Callable = lambda: None,
 ) -> Model:
     """The pipeline of --model with a LoRA, as policy, sampler and reference.
 
     numbered: the prompts, which are sampled from, and after them others that have a number too.
+    eval_prompts: of held-out noises; by default the prompts.
 
     Raises ValueError, in a sentence for the user, for a model that cannot be trained.
     """
@@ -242,7 +245,8 @@ def load_model(
         pipe.vae.float()  # as the stock pipeline does
     call = {"num_inference_steps": args.num_steps, "guidance_scale": args.guidance_scale}
     size = {"height": args.height, "width": args.width}
-    conditioning = Conditioning(pipe, numbered or prompts, **call, **size)
+    numbered = numbered or prompts
+    conditioning = Conditioning(pipe, numbered, **call, **size)
     schedule, alpha_bars = make_levels(pipe, args, prediction)
 
     network = conditioning.network
@@ -270,6 +274,7 @@ def load_model(
         reference=as_policy(network, reference=True),
         schedule=schedule,
         prompts=prompts,
+        eval_prompts=torch.tensor([numbered.index(prompt) for prompt in eval_prompts or prompts]),
         lora=[p for p in network.parameters() if p.requires_grad],
     )
     return model
@@ -312,7 +317,7 @@ def sample(
         x_T = torch.randn(len(prompts), *model.latent_shape, generator=generator)
         x_T = x_T.repeat_interleave(images_per_prompt, 0).to(device)
         trajectory = d3po.rollout(denoiser, model.schedule, x_T, cond, generator)
-    texts = [model.prompts[number] for number in cond.tolist()]
+    texts = [model.conditioning.prompts[number] for number in cond.tolist()]
     images = decode(model.pipe, trajectory.x[-1], model.conditioning, names=texts)
     return Batch(trajectory, cond, texts, images, images_per_prompt)
 
@@ -320,14 +325,15 @@ def sample(
 def sample_held_out(
     model: Model, denoiser: PipelinePolicy, args: Namespace, *, stream: Stream
 ) -> tuple[list[Image.Image], list[str], float | None]:
-    """--eval-images images of fixed prompts, in turn, and noises, whatever was trained.
+    """--eval-images images of the evaluation's prompts, in turn, and noises, whatever was trained.
 
     Returns images, prompts, and with --max-kl the KL to the initial model in the steps trained.
     """
     images, prompts, log_ratios = [], [], []
     size = args.batch_size * args.images_per_prompt
     for start in range(0, args.eval_images, size):
-        numbers = torch.arange(start, min(start + size, args.eval_images)) % len(model.prompts)
+        numbers = torch.arange(start, min(start + size, args.eval_images))
+        numbers = model.eval_prompts[numbers % len(model.eval_prompts)]
         noise = generator(args.seed, stream, start)
         batch = sample(model, denoiser, numbers, images_per_prompt=1, generator=noise)
         images += batch.images

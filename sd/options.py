@@ -1,7 +1,8 @@
 """The command line of sd_demo.py: flags, presets, and in one place which of them counts.
 
-What was typed comes first, then the recipe, then the presets for people, then those of the model,
-then the defaults. With --resume or --evaluate it is what was typed, then what the run has.
+What was typed comes first, then the presets of --loss, then the recipe, then the presets for
+people, then those of the model, then the defaults. With --resume or --evaluate it is what was
+typed, then what the run has.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import torch
 from sd import run_folder
 from sd.cost import Cost
 from sd.label_files import epochs_given
+from sd.losses import LOSSES, SCORED
 from sd.pipeline import DTYPES, PRESETS, pipeline_name
 from sd.scorers import AESTHETIC_HEAD, CLIP
 
@@ -43,19 +45,27 @@ HUMAN_PRESETS = {  # few questions an epoch: a person soon sees what the clicks 
 }
 LABELS_PRESET = f"{CHAIN} --beta 0.06 {FEW_LABELS}"
 LABELS_ALONE = "--epochs 4"
-# Table 2 and Sec. 5.1 (4 GPUs, 2 batches of 10 pairs each), and what the released code adds
-PAPER_RECIPE = """
-    --epochs 400 --pairs-per-epoch 80 --images-per-prompt 2 --batch-size 10 --num-steps 20
-    --eta 1 --guidance-scale 5 --loss eq14 --clip 0.1 --reference initial --skip-last 0
-    --replay 0 --no-average-weights --warm-up 1 --update-every trajectory --lr 3e-5
-    --weight-decay 1e-4 --max-grad-norm 1
+# Table 2 and Sec. 5.1 (4 GPUs, 2 batches of 10 pairs each): as released, and as Alg. 1 is printed
+TABLE_2 = """
+    --epochs 400 --pairs-per-epoch 80 --images-per-prompt 2 --batch-size 1 --num-steps 20 --eta 1
+    --guidance-scale 5 --loss eq14 --reference initial --skip-last 0 --replay 0
+    --no-average-weights --warm-up 1 --lr 3e-5 --lr-schedule constant --weight-decay 1e-4
+    --max-grad-norm 1
 """
+RECIPES = {
+    "paper": f"{TABLE_2.rstrip()} --update-every trajectory --clip 0.1",  # one update a pair
+    "alg1": f"{TABLE_2.rstrip()} --update-every timestep",
+}
+LOSS_PRESETS = {"sft": "--beta 0", "ddpo": "--clip 0.1"}  # the paper's SFT has no KL
 EPILOG = f"""defaults of their own, after which comes what you type:
   the emoji model: {EMOJI_PRESETS.strip()}
   --objective human: {" ".join(HUMAN_PRESETS["human"].split())}
   --objective tags: {" ".join(HUMAN_PRESETS["tags"].split())}
   --labels: {" ".join(LABELS_PRESET.split())}, and alone {LABELS_ALONE}
-  --recipe paper: {PAPER_RECIPE.strip()}"""
+  --recipe paper: {RECIPES["paper"].strip()}
+  --recipe alg1: the same, but --update-every timestep and no --clip
+  --loss sft: {LOSS_PRESETS["sft"]}
+  --loss ddpo: {LOSS_PRESETS["ddpo"]}"""
 PAPER_BETA = 0.1  # of the mean over the D latent elements: 0.1 / D of the sum
 UNSAVED_FLAGS = {"out", "resume", "evaluate", "dry_run", "port"}  # of one start, not of the run
 
@@ -140,11 +150,11 @@ def build_parser() -> tuple[ArgumentParser, dict]:
     add("--guidance-scale", 5.0, type=not_negative, metavar="X", help=guided)
 
     add = flags("the method")
-    recipes = "paper: defaults of Table 2 and the release"
-    add("--recipe", "default", choices=["default", "paper"], help=recipes)
-    losses = "Eq. 14, Eq. 12, or Eq. 5 on whole chains"
-    add("--loss", "eq14", choices=["eq14", "eq12", "chain"], help=losses)
-    clamp = "clamp pi_theta / pi_ref to 1 +- this; by default no clamp"
+    recipes = "paper: defaults of Table 2 and the release; alg1: as printed, without its clamp"
+    add("--recipe", "default", choices=["default", *RECIPES], help=recipes)
+    losses = "Eq. 14, Eq. 12, Eq. 5 on whole chains, or a method that they are compared with"
+    add("--loss", "eq14", choices=[*LOSSES], help=losses)
+    clamp = "clamp pi_theta / pi_ref, or DDPO's ratio, to 1 +- this; by default no clamp"
     add("--clip", type=number, metavar="X", help=clamp)
     references = "the initial model, or the one that sampled"
     add("--reference", "initial", choices=["initial", "previous"], help=references)
@@ -156,6 +166,8 @@ def build_parser() -> tuple[ArgumentParser, dict]:
     add("--skip-last", 2, type=int, metavar="N", help=skipped)
     updates = "update the weights at each step's loss, or once after the last"
     add("--update-every", "timestep", choices=["timestep", "trajectory"], help=updates)
+    falls = "the step size falls to 0 as a cosine, or stays"
+    add("--lr-schedule", "cosine", choices=["cosine", "constant"], help=falls)
     add("--warm-up", 1, type=count, metavar="N", help="epochs in which the step size rises to --lr")
     add("--weight-decay", 1e-4, type=not_negative, metavar="X", help="of AdamW, per unit of --lr")
     add("--max-grad-norm", 1.0, type=number, metavar="X", help="gradients are clipped to this norm")
@@ -170,6 +182,8 @@ def build_parser() -> tuple[ArgumentParser, dict]:
 
     add = flags("the evaluation")
     add("--eval-images", 45, type=count, metavar="N", help="held-out noises, the prompts in turn")
+    asked = "of these noises, as --prompts; by default those that are sampled"
+    add("--eval-prompts", metavar="PROMPTS", help=asked)
     between = "epochs from one evaluation of them to the next"
     add("--eval-every", 5, type=count, metavar="N", help=between)
     return parser, defaults
@@ -198,9 +212,9 @@ def add_common_flags(add) -> None:
     size = "images of a group: 2 for pairs; K(K-1)/2 labels"
     add("--images-per-prompt", 4, type=int, metavar="K", help=size)
     add("--num-steps", 20, type=count, metavar="T", help="denoising steps")
-    strength = "strength of the KL, per nat of a summed log-prob"
-    add("--beta", 0.05, type=number, metavar="BETA", help=strength)
-    add("--lr", 3e-4, type=number, help="AdamW's largest step size; it falls to 0 as a cosine")
+    strength = "strength of the KL, per nat of a summed log-prob; reward-weighted: temperature"
+    add("--beta", 0.05, type=not_negative, metavar="BETA", help=strength)
+    add("--lr", 3e-4, type=number, help="AdamW's largest step size")
     brake = "stop before this KL of held-out images to the initial model, nats; by default none"
     add("--max-kl", type=number, metavar="NATS", help=brake)
     add("--seed", 0, type=int, metavar="N", help="of everything")
@@ -217,7 +231,7 @@ def parse(argv: list[str] | None = None) -> tuple[ArgumentParser, Namespace]:
     parser, defaults = build_parser()
     typed = vars(parser.parse_args(argv))
     # A run may be resumed from another folder
-    for name in {"model", "init_lora", "labels", "images"} & typed.keys():
+    for name in {"model", "init_lora", "labels", "images", "eval_prompts"} & typed.keys():
         if os.path.exists(typed[name]):
             typed[name] = str(Path(typed[name]).resolve())
     try:
@@ -236,7 +250,7 @@ def parse(argv: list[str] | None = None) -> tuple[ArgumentParser, Namespace]:
 
 
 def presets(parser: ArgumentParser, typed: dict) -> dict:
-    """What the model, people and the recipe set, in this order."""
+    """What the model, people, the recipe and the loss set, in this order."""
 
     def settings_of(flags: str) -> dict:
         return vars(parser.parse_args(flags.split()))
@@ -255,9 +269,9 @@ def presets(parser: ArgumentParser, typed: dict) -> dict:
     if "labels" in typed:
         settings |= settings_of(LABELS_PRESET)
         settings |= settings_of("" if "objective" in typed else LABELS_ALONE)
-    if typed.get("recipe") == "paper":
-        settings |= {**settings_of(PAPER_RECIPE), "beta": None, "max_kl": None}
-    return settings
+    if typed.get("recipe") in RECIPES:
+        settings |= {**settings_of(RECIPES[typed["recipe"]]), "beta": None, "max_kl": None}
+    return settings | settings_of(LOSS_PRESETS.get(typed.get("loss"), ""))
 
 
 def saved_settings(typed: dict, defaults: dict) -> dict:
@@ -335,6 +349,17 @@ def check(args: Namespace) -> None:
         "--loss chain has one loss for a chain: give --update-every trajectory, and no --clip": (
             args.loss == "chain" and (args.clip or args.update_every == "timestep")
         ),
+        f"--loss {args.loss} clamps no ratio: give no --clip": (
+            args.clip and args.loss not in ("eq14", "eq12", "chain", "ddpo")
+        ),
+        f"--loss {args.loss} needs a --beta above 0": args.beta == 0 and args.loss != "sft",
+        f"--loss {args.loss} learns from one score of each new image: give one scorer as "
+        "--objective, no --labels and no --replay": (
+            args.loss in SCORED and not args.evaluate and not scores_all(args)
+        ),
+        f"--loss {args.loss} has the initial model as reference: give --reference initial": (
+            args.reference == "previous" and args.loss not in ("eq14", "eq12", "chain")
+        ),
         "--precision fp16 needs a CUDA GPU: give fp32 or bf16": (
             args.precision == "fp16" and not torch.cuda.is_available()
         ),
@@ -346,6 +371,20 @@ def check(args: Namespace) -> None:
     for message, wrong in problems.items():
         if wrong:
             raise ValueError(message)
+
+
+def scores_all(args: Namespace) -> bool:
+    """Whether every image that is trained on has one score."""
+    scorer = args.objective and args.objective not in HUMAN_PRESETS and "," not in args.objective
+    return bool(scorer and not args.labels and not args.replay)
+
+
+def learning_rate(args: Namespace, epoch: int) -> float:
+    """The step size of an epoch."""
+    cosine = 1.0
+    if args.lr_schedule == "cosine":
+        cosine = (1 + math.cos(math.pi * (epoch - 1) / last_epoch(args))) / 2
+    return args.lr * cosine * min(1, epoch / args.warm_up)
 
 
 def last_epoch(args: Namespace) -> int:

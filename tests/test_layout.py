@@ -20,6 +20,7 @@ FLOORS = {
     "sd.pipeline": 1,
     "sd.model": 2,
     "sd.memory": 3,
+    "sd.losses": 3,
     "sd.metrics": 2,
     "sd.annotate": 2,
     "sd.feedback": 3,

@@ -117,32 +117,52 @@ def test_every_setting_of_the_presets_gives_way_to_what_is_typed():
         **{"eval_images": 12, "eval_every": 13, "loss": "eq12", "reference": "previous"},
         **{"clip": 0.2, "skip_last": 1, "update_every": "timestep", "weight_decay": 0.5},
         **{"max_grad_norm": 2.0, "gradient_checkpointing": True, "replay": 3, "max_kl": 5.0},
-        **{"average_weights": True, "warm_up": 5},
+        **{"average_weights": True, "warm_up": 5, "lr_schedule": "cosine"},
     }
     parser, _ = options.build_parser()
-    presets = [options.EMOJI_PRESETS, options.PAPER_RECIPE, *options.HUMAN_PRESETS.values()]
-    presets += [options.LABELS_PRESET, options.LABELS_ALONE]
+    presets = [options.EMOJI_PRESETS, *options.RECIPES.values(), *options.HUMAN_PRESETS.values()]
+    presets += [options.LABELS_PRESET, options.LABELS_ALONE, *options.LOSS_PRESETS.values()]
     flags = [flag for preset in presets for flag in preset.split()]
     names = {name for preset in presets for name in vars(parser.parse_args(preset.split()))}
     assert names == others.keys() and "--recipe" not in flags
     for objective in PEOPLE:
         for name, value in others.items():
             typed = f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}")
-            args = parse(f"--objective {objective} --model {EMOJI} {PAPER} {typed}")
+            paper = "--recipe alg1 --loss eq14" if name == "loss" else PAPER
+            args = parse(f"--objective {objective} --model {EMOJI} {paper} {typed}")
             assert getattr(args, name) == value
 
 
-def test_the_papers_recipe_is_table_2_with_the_releases_clamp():
+def test_the_papers_recipes_are_table_2_with_the_releases_clamp_and_without():
     expected = {
         **{"lr": 3e-5, "weight_decay": 1e-4, "max_grad_norm": 1.0, "num_steps": 20, "eta": 1.0},
-        **{"batch_size": 10, "guidance_scale": 5.0, "epochs": 400, "pairs_per_epoch": 80},
+        **{"batch_size": 1, "guidance_scale": 5.0, "epochs": 400, "pairs_per_epoch": 80},
         **{"images_per_prompt": 2, "loss": "eq14", "clip": 0.1, "update_every": "trajectory"},
         **{"reference": "initial", "beta": None, "skip_last": 0},  # beta: 0.1 / D of the model
         **{"replay": 0, "average_weights": False, "max_kl": None, "warm_up": 1},  # none
+        **{"lr_schedule": "constant"},
     }
     for flags in (ANY, ON_EMOJI, HUMAN, TAGS):
         args = vars(parse(f"{flags} {PAPER}"))
         assert {name: args[name] for name in expected} == expected
+        printed = vars(parse(f"{flags} --recipe alg1"))
+        different = {name: printed[name] for name in expected if printed[name] != expected[name]}
+        assert different == {"clip": None, "update_every": "timestep"}
+
+
+def test_a_loss_has_a_strength_of_its_own():
+    for loss, beta, clip in (("sft", 0, None), ("ddpo", 0.06, 0.1), ("dpok", 0.06, None)):
+        args = parse(f"{ON_EMOJI} --loss {loss}")
+        assert (args.beta, args.clip) == (beta, clip)
+        assert parse(f"{ON_EMOJI} --loss {loss} --beta 2").beta == 2
+    assert parse(f"{ON_EMOJI} --loss ddpo --clip 0.2").clip == 0.2
+
+
+def test_the_learning_rate_rises_and_falls_or_stays():
+    args = parse(f"{ANY} --epochs 8 --lr 0.4 --warm-up 4")
+    assert [options.learning_rate(args, epoch) for epoch in (1, 5)] == pytest.approx([0.1, 0.2])
+    args = parse(f"{ANY} --epochs 8 --lr 0.4 --warm-up 4 --lr-schedule constant")
+    assert [options.learning_rate(args, epoch) for epoch in (1, 5, 8)] == [0.1, 0.4, 0.4]
 
 
 @pytest.mark.parametrize("cuda, model", [(False, str(EMOJI)), (True, SD15)])
@@ -323,6 +343,19 @@ REFUSED = {
     "--loss chain": "give --update-every trajectory",
     "--loss chain --update-every trajectory --clip 0.1": "no --clip",
     "--loss chain --recipe paper": "no --clip",
+    "--loss sft --clip 0.1": "--loss sft clamps no ratio: give no --clip",
+    "--loss dpok --recipe paper": "--loss dpok clamps no ratio: give no --clip",
+    "--beta 0": "--loss eq14 needs a --beta above 0",
+    "--loss dpok --beta 0": "--loss dpok needs a --beta above 0",
+    "--loss ddpo --replay 2": "give one scorer as --objective, no --labels and no --replay",
+    "--loss dpok --labels x.csv": "learns from one score of each new image",
+    "--loss ddpo --objective human": "learns from one score of each new image",
+    "--loss reward-weighted --objective tags": "learns from one score of each new image",
+    "--loss dpok --objective aesthetic,alignment": "learns from one score of each new image",
+    "--loss sft --reference previous": "give --reference initial",
+    "--loss ddpo --reference previous": "give --reference initial",
+    "--loss lora": "invalid choice",
+    "--lr-schedule linear": "invalid choice",
     "--precision fp16": "needs a CUDA GPU: give fp32 or bf16",
     "--precision int8": "invalid choice",
     "--seed -1": "--seed -1: give a number from 0",

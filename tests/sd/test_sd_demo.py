@@ -30,6 +30,7 @@ from test_model import as_ddim, stock_images
 import d3po
 import sd_demo
 from sd import cost, figures, metrics, options, run_folder
+from sd.losses import SCORED
 from sd.memory import LabelledBatch
 from sd.model import Batch, PipelinePolicy
 from sd.run_folder import ROOT, Stream, generator
@@ -436,6 +437,13 @@ CHOICES = [
     "--update-every trajectory --reference previous --clip 0.1 --batch-size 1",
     "--precision bf16 --gradient-checkpointing --eval-images 9 --pairs-per-epoch 4",
     "--recipe paper --lr 1e-3",
+    "--recipe alg1 --pairs-per-epoch 2",
+    "--loss sft",
+    "--loss sft --beta 0.3 --replay 1",
+    "--loss diffusion-dpo",
+    "--loss reward-weighted",
+    "--loss ddpo",
+    "--loss dpok",
 ]
 
 
@@ -453,11 +461,14 @@ def test_other_choices_run_the_same_loop_with_the_passes_of_the_plan(
 
     monkeypatch.setattr(PipelinePolicy, "__call__", counted)
     monkeypatch.setattr(cost, "estimate", lambda *a: costs.append(estimate(*a)) or costs[0])
-    objective = ",".join([f"{scorers}:brightness"] * 2)  # never at odds
+    sees_scores = bool(set(flags.split()) & SCORED)
+    scorer = f"{scorers}:brightness"
+    objective = scorer if sees_scores else f"{scorer},{scorer}"  # never at odds
     out = run(tiny, tmp_path / "run", objective, f"{flags} --epochs 1")
     (row,), labels = read_rows(out / "metrics.jsonl"), read_rows(out / "labels.jsonl")
     assert row["score"] > 0 and row["labels"] == len(labels) == costs[0].labels
-    assert all(first == second > 0 for row in labels for first, second in row["scores"])
+    if not sees_scores:
+        assert all(first == second > 0 for row in labels for first, second in row["scores"])
 
     assert sum(rows_with_gradient) == costs[0].rows_with_gradient
     evaluations = 2 * costs[0].calls_eval  # of the initial model, and at the end
