@@ -259,7 +259,7 @@ def judge(job: Job, out: Path) -> list[dict]:
         kept = {int(folder.name): folder for folder in (out / "loras").glob("*")}
     for labels in taste.labels[-1:] if job.recipe in LABELS_FIRST else taste.labels:
         trained_on = max((count for count in kept if count <= labels), default=0)
-        if not trained_on:  # it stopped at once
+        if not trained_on or not (kept[trained_on] / LORA_FILE).exists():  # it stopped at once
             rows.append({**rows[0], "labels": labels})
             continue
         lora = load_file(kept[trained_on] / LORA_FILE)

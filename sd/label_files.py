@@ -41,7 +41,7 @@ from sd import tables
 from sd.labels import LabelError, majority, parse_answer
 
 MAX_GROUP = 8  # images trained on together
-EPOCH_GROUPS = 64  # in an epoch at most, so that a run can stop within a pass over a large file
+EPOCH_GROUPS = 16  # in an epoch at most, so that a run can stop within a pass over a large file
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 FORMS = [
     ("images", "h"),
