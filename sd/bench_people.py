@@ -32,7 +32,6 @@ from sd.feedback import HumanFeedback
 from sd.labels import pareto_preference
 from sd.metrics import win_rate
 from sd.model import (
-    LORA_FILE,
     PipelinePolicy,
     load_model,
     make_accelerator,
@@ -40,7 +39,7 @@ from sd.model import (
     sample_held_out,
 )
 from sd.prompts import load_prompts
-from sd.run_folder import Stream, generator
+from sd.run_folder import LORA_FILE, Stream, generator
 from sd.scorers import jpeg_kb
 from toy.emoji_sd import classifier
 from toy.emoji_sd.render import NAMES, render
