@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 
 from sd import run_folder
 from sd.bench import make_parser, size_change, write_between
-from sd.model import LORA_FILE
+from sd.run_folder import LORA_FILE
 from sd.options import positive
 
 RESULTS = run_folder.ROOT / "sd" / "results"

@@ -15,7 +15,7 @@ from tiny_pipelines import FAMILIES, SIZE_FLAGS, make
 import d3po
 from sd import model as sd_model
 from sd.pipeline import NETWORKS, decode, encode
-from sd.run_folder import ROOT
+from sd.run_folder import LORA_FILE, ROOT
 
 FAMILY = pytest.mark.parametrize("family", FAMILIES)
 TRAINING_FLAGS = {"sdxl": "--precision bf16", "flux": "--gradient-checkpointing"}
@@ -182,7 +182,7 @@ def test_the_lora_comes_back_whole(family, folder_of, tmp_path):
     pipe.load_lora_weights(tmp_path)
     network = getattr(pipe, NETWORKS[type(pipe)])
     again = {name: weight for name, weight in network.named_parameters() if "lora_" in name}
-    saved, written = loaded.lora_state(), load_file(tmp_path / sd_model.LORA_FILE)
+    saved, written = loaded.lora_state(), load_file(tmp_path / LORA_FILE)
     assert len(again) == len(saved) == len(loaded.lora) == len(written)
     assert len(saved) >= 12
     for name, weight in again.items():
@@ -197,7 +197,7 @@ def test_two_epochs_from_the_command_line(family, folder_of, tmp_path, no_figure
     rows = read_rows(out / "metrics.jsonl")
     assert [row["epoch"] for row in rows] == [1, 2]
     assert all(row["loss"] > 0 for row in rows)
-    weights = load_file(out / "lora" / sd_model.LORA_FILE)
+    weights = load_file(out / "lora" / LORA_FILE)
     assert any(value.abs().max() > 0 for name, value in weights.items() if "lora_B" in name)
 
 
@@ -219,4 +219,4 @@ def test_two_processes_train_sd3_together(folder_of, tmp_path):
     subprocess.run([sys.executable, *map(str, argv)], check=True, env=env, cwd=ROOT, timeout=300)
     assert [row["labels"] for row in read_rows(out / "metrics.jsonl")] == [2, 4]
     assert {row["epoch"] for row in read_rows(out / "labels.jsonl")} == {1, 2}
-    assert (out / "lora" / sd_model.LORA_FILE).exists()
+    assert (out / "lora" / LORA_FILE).exists()
