@@ -18,8 +18,8 @@ from matplotlib.figure import Figure
 
 from sd import run_folder
 from sd.bench import make_parser, size_change, write_between
-from sd.run_folder import LORA_FILE
 from sd.options import positive
+from sd.run_folder import LORA_FILE
 
 RESULTS = run_folder.ROOT / "sd" / "results"
 MARK = "<!-- python -m sd.bench_emoji writes what is between these two lines -->\n"
