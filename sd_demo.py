@@ -73,10 +73,11 @@ def train(run: Run, epochs_done: int, bar: tqdm) -> None:
 
         # Train on the new pairs, then on earlier ones: lines 23-36
         earlier = memory.draw(epoch, args.replay) if new else memory.draw_given(epoch)
-        losses, overflows, first = [], [], None
+        losses, overflows, log_ratios = [], [], []
         for n, batch in enumerate(itertools.chain(new, earlier)):
             ref_log_prob = reference_log_prob(run, batch)
-            first = first or (batch, ref_log_prob)
+            if n < len(new) or not new:
+                log_ratios.append(run.log_ratios(batch, ref_log_prob, sampled=bool(new)))
             random = generator(args.seed, Stream.STEPS, epoch, n)
             steps = torch.randperm(run.trained_steps, generator=random).tolist()
             done = update_batch(
@@ -90,7 +91,7 @@ def train(run: Run, epochs_done: int, bar: tqdm) -> None:
         run.average.update(epoch)
 
         # Evaluate, log, save
-        losses = gather_object(losses)
+        losses, log_ratios = gather_object(losses), gather_object(log_ratios)
         rows = gather_object([label.row for of_batch in labels for label in of_batch])
         stop, problem = False, None
         if accelerator.is_main_process:
@@ -102,21 +103,25 @@ def train(run: Run, epochs_done: int, bar: tqdm) -> None:
                     )
             row = {
                 "epoch": epoch,
-                "labels": memory.given + max(epoch - epochs_given, 0) * len(rows),
+                "labels": memory.labels,
                 **metrics.mean_score(rows),
                 **metrics.label_counts(rows),
+                "bad_share": metrics.bad_share(rows),
                 **metrics.eval_row(eval_result, initial_eval),
-                **policy_metrics(run, *first, sampled=bool(new)),
+                **metrics.preference_metrics(log_ratios if epoch > 1 else [], args.beta),
+                **metrics.kl(log_ratios if new else []),
                 "loss": sum(losses) / len(losses) if losses else None,
                 "skipped": overflows.count(True),
                 "seconds_sample": sampled - started,
                 "seconds_train": trained - labelled,
-                "peak_memory_mb": metrics.peak_memory_mb(),
+                "peak_memory_mb": metrics.peak_memory_mb(accelerator.device),
             }
+            row["warnings"] = metrics.warnings(row, initial_eval.as_row(), run.rows())
             bar.write(metrics.format_metrics(row, last_epoch, initial_eval.as_row()))
             stop = run.feedback.finished
             if (row["eval_kl"] or 0) > (args.max_kl or math.inf):
-                bar.write(options.describe_stop(args, epoch))
+                run.note_stop(epoch, message := options.describe_stop(args, epoch))
+                bar.write(message)
                 stop = True
             else:
                 run_folder.append(args.out / "metrics.jsonl", [row])
@@ -209,20 +214,6 @@ def check_finite(run: Run, epoch: int, last_overflows: list[bool]) -> None:
         remedy = f"lower --lr (now {run.args.lr:g}) or take --precision bf16"
         problem = "gradients or weights are not finite any more"
         raise FloatingPointError(f"Epoch {epoch}: {problem}; {remedy}")
-
-
-def policy_metrics(run: Run, batch: LabelledBatch, ref_log_prob: Tensor, *, sampled: bool) -> dict:
-    """Accuracy and margin after training on one batch, and the KL where the model sampled it."""
-    model, initial = run.model, ref_log_prob
-    if run.args.reference == "previous":
-        initial = model.log_prob(model.reference, batch)
-    log_ratio = model.log_prob(model.sampler, batch) - ref_log_prob
-    log_ratio = log_ratio[: run.trained_steps].sum(0)
-    chains = batch.trajectory.log_prob - initial if sampled else None
-    return {
-        **metrics.preference_metrics(log_ratio, batch.pairs, run.args.beta),
-        **metrics.kl(chains, run.trained_steps),
-    }
 
 
 def main(argv: list[str] | None = None) -> None:

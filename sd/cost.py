@@ -44,7 +44,7 @@ def estimate(model: Model, args: Namespace, processes: int) -> Cost:
         per_step = (1, 0)
     with_gradient, without_gradient = (calls * trained for calls in per_step)
     of_reference = T if args.reference == "initial" else 0
-    checks = T if args.reference == "initial" else 2 * T  # the metrics of one batch
+    measured = T - of_reference  # passes of the initial model for metrics
 
     of_group = K * model.conditioning.halves
     chains = {"sft": K - 1, "diffusion-dpo": K * (K - 1)}.get(args.loss, K)  # a group's in a step
@@ -71,8 +71,8 @@ def estimate(model: Model, args: Namespace, processes: int) -> Cost:
             groups_trained * of_group * of_reference + rows_step * without_gradient
         ),
         rows_with_gradient=rows_step * with_gradient,
-        calls=batches * T + (batches + args.replay) * calls_batch + checks,
-        calls_given=batches_given * calls_batch + checks,
+        calls=batches * (T + measured) + (batches + args.replay) * calls_batch,
+        calls_given=batches_given * (T + calls_batch),
         calls_eval=math.ceil(args.eval_images / (args.batch_size * K)) * T,
         lora_weights=lora,
         memory_gb=memory / 1e9,

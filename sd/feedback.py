@@ -240,6 +240,7 @@ def evaluate_initial(feedback: ScorerFeedback, model: Model) -> EvalResult:
     result = evaluate_held_out(feedback, model, model.reference, save_as=0)
     config = run_folder.read_json(args.out / "config.json")
     config |= {"epochs": args.epochs, "max_kl": args.max_kl, "initial": result.as_row()}
+    config["stopped"] = None
     run_folder.save_json(args.out / "config.json", config)
     return result
 

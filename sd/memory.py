@@ -65,9 +65,9 @@ class Memory:
         self.groups: list[Group] = []
 
     @property
-    def given(self) -> int:
-        """Preferences of --labels."""
-        return sum(len(group.pairs) for group in self.groups if group.x_T is None)
+    def labels(self) -> int:
+        """Preferences so far, those of --labels too; ties and skips are none."""
+        return sum(len(group.pairs) for group in self.groups)
 
     def add(self, epoch: int, batches: list[LabelledBatch], images_per_prompt: int) -> None:
         """Keep what an epoch labelled on all processes; on disk when this returns."""

@@ -1,8 +1,9 @@
 """What labels, scores and log-probs say: accuracy, margin, KL, win rate, and a line to read."""
 
 import math
-import resource
+import sys
 from pathlib import Path
+from statistics import fmean
 from typing import NamedTuple
 
 import torch
@@ -14,6 +15,8 @@ from sd.labels import has_preference, pareto_preference
 
 TIED_EPOCHS = 3  # in a row in which no label says which image is better, after which a run stops
 KL_LIMIT = 30  # nats in the steps trained, about where the emoji model loses its animals
+MANY_LABELS, FEW_EPOCHS = 100, 5  # after which accuracy should be above chance, in their mean
+WATCHED_FALL = 0.1  # of the watched score's size
 
 
 class EvalResult(NamedTuple):
@@ -35,33 +38,51 @@ class EvalResult(NamedTuple):
         return {"eval_score": self.score, "watched": self.watched}
 
 
-def preference_metrics(log_ratio: Tensor, pairs: Tensor, beta: float) -> dict:
+class LogRatios(NamedTuple):
+    """Of a batch: log(pi_theta / pi_initial) of whole chains, nats."""
+
+    winners: list[float]  # of each pair, in the steps trained
+    losers: list[float]
+    trained: list[float]  # of each chain, in the steps trained
+    chains: list[float]  # of each chain, in all steps
+
+
+def log_ratios(log_ratio: Tensor, pairs: Tensor, trained_steps: int) -> LogRatios:
+    """log_ratio (T, B), pairs (P, 2): (winner, loser). Python's floats: mps has no float64."""
+    chains = log_ratio.sum(0).tolist()
+    trained = log_ratio[:trained_steps].sum(0).tolist()
+    winners, losers = ([trained[k] for k in side] for side in pairs.T.tolist())
+    return LogRatios(winners, losers, trained, chains)
+
+
+def preference_metrics(batches: list[LogRatios], beta: float) -> dict:
     """Does a model prefer the winners, and do they gain probability, or do only losers lose it?
 
-    log_ratio (B,): log(pi_theta / pi_ref) of whole chains, nats. pairs (P, 2): (winner, loser).
-    Returns means over the pairs; None without a pair.
+    Returns means over the pairs of all batches; None without a pair.
     """
-    if len(pairs) == 0:
+    winners = [ratio for batch in batches for ratio in batch.winners]
+    losers = [ratio for batch in batches for ratio in batch.losers]
+    if not winners:
         return dict.fromkeys(("accuracy", "margin", "log_ratio_winners", "log_ratio_losers"))
-    winners, losers = log_ratio.double()[pairs.T]
+    right = [winner > loser for winner, loser in zip(winners, losers, strict=True)]
     return {
-        "accuracy": (winners > losers).double().mean().item(),
-        "margin": beta * (winners - losers).mean().item(),
-        "log_ratio_winners": winners.mean().item(),
-        "log_ratio_losers": losers.mean().item(),
+        "accuracy": fmean(right),
+        "margin": beta * (fmean(winners) - fmean(losers)),
+        "log_ratio_winners": fmean(winners),
+        "log_ratio_losers": fmean(losers),
     }
 
 
-def kl(log_ratio: Tensor | None, trained_steps: int) -> dict:
-    """Estimate of the KL of chains to the initial model, nats: of all steps, and of those trained.
+def kl(batches: list[LogRatios]) -> dict:
+    """Estimate of the KL to the initial model, nats: of all steps, and of those trained.
 
-    log_ratio (T, B): log(pi_theta / pi_initial) of a policy's own chains; None if there are none.
+    batches: of a policy's own chains; none, and there is no estimate.
     """
-    if log_ratio is None:
-        return dict.fromkeys(("kl", "kl_trained"))
+    chains = [ratio for batch in batches for ratio in batch.chains]
+    trained = [ratio for batch in batches for ratio in batch.trained]
     return {
-        "kl": log_ratio.sum(0).mean().item(),
-        "kl_trained": log_ratio[:trained_steps].sum(0).mean().item(),
+        "kl": fmean(chains) if chains else None,
+        "kl_trained": fmean(trained) if trained else None,
     }
 
 
@@ -82,6 +103,12 @@ def scores_by_image(rows: list[dict]) -> list[list[float | None]]:
         if row["scores"] is not None:
             by_image |= zip(row["images"], row["scores"], strict=True)
     return [score if isinstance(score, list) else [score] for score in by_image.values()]
+
+
+def bad_share(rows: list[dict]) -> float | None:
+    """Share of the images that people tagged as bad; None without tags."""
+    tags = [bad for row in rows for bad in row.get("bad") or []]
+    return sum(tags) / len(tags) if tags else None
 
 
 def mean_and_error(scores: Tensor) -> tuple[float, float] | tuple[None, None]:
@@ -155,11 +182,19 @@ def eval_row(now: EvalResult | None, initial: EvalResult) -> dict:
     return {**now.as_row(), "eval_win_rate": won, "eval_kl": now.kl}
 
 
-def peak_memory_mb() -> float:
-    """The most that tensors took on the GPU so far, or the process in main memory, MB."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 1e6
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+def peak_memory_mb(device: torch.device) -> float | None:
+    """The most that tensors took on a CUDA GPU so far, or the process in main memory, MB.
+
+    None where the system does not say.
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e6
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    unit = 1 if sys.platform == "darwin" else 1e3  # bytes
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
 
 
 def format_metrics(row: dict, epochs: int, initial: dict) -> str:
@@ -186,7 +221,7 @@ def format_metrics(row: dict, epochs: int, initial: dict) -> str:
     parts.append(f"{row['seconds_sample']:.0f} + {row['seconds_train']:.0f} s")
     if row["skipped"]:
         parts.append(f"{row['skipped']} updates skipped, their gradient overflowed")
-    return "; ".join([*parts, *(f"WARNING: {warning}" for warning in warnings(row))])
+    return "; ".join([*parts, *(f"WARNING: {warning}" for warning in row["warnings"])])
 
 
 def beside(row: dict, initial: dict, key: str) -> str:
@@ -194,13 +229,27 @@ def beside(row: dict, initial: dict, key: str) -> str:
     return f"{row[key]:.3f} (initial {before})"
 
 
-def warnings(row: dict) -> list[str]:
-    """What a row of metrics.jsonl says of a model that seems to break."""
+def warnings(row: dict, initial: dict, earlier: list[dict]) -> list[str]:
+    """What a row of metrics.jsonl says of a model that breaks, or that learns nothing.
+
+    initial: the initial model's scores; earlier: the rows before.
+    """
     found = []
     if row["preferences"] == 0:
         found.append("no label says which image is better: all are ties, skips or without a score")
     if (row["log_ratio_winners"] or 0) < 0:
         found.append("winners lose probability too; try a larger --beta or a smaller --lr")
-    if (row["kl_trained"] or 0) > KL_LIMIT:
+    if max(row["kl_trained"] or 0, row["eval_kl"] or 0) > KL_LIMIT:
         found.append(f"KL to the initial model above {KL_LIMIT} nats; look at progress.png")
+    recent = [r["accuracy"] for r in [*earlier, row][-FEW_EPOCHS:] if r["accuracy"] is not None]
+    at_chance = len(recent) == FEW_EPOCHS and sum(recent) <= FEW_EPOCHS / 2
+    if at_chance and row["labels"] >= MANY_LABELS:
+        found.append(
+            f"accuracy at chance after {row['labels']} labels: nothing is learned from them; try "
+            "a larger --lr, or clearer labels"
+        )
+    watched, before = row["watched"], initial["watched"]
+    known = None not in (watched, before)
+    if known and watched < before - WATCHED_FALL * abs(before):
+        found.append(f"the watched score fell from {before:.3g} to {watched:.3g}")
     return found

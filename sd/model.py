@@ -37,7 +37,7 @@ from sd.pipeline import (
     prediction_of,
     use_ddim,
 )
-from sd.run_folder import Stream, generator
+from sd.run_folder import LORA_FILE, Stream, generator
 
 LORA_TARGETS = ["to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj"]  # App. E
 STOCK_IMAGES = 16  # a stock call takes 50 steps, guided
@@ -173,7 +173,7 @@ class Model(NamedTuple):
         def write(part: Path) -> None:
             self.pipe.save_lora_weights(folder, weight_name=part.name, **layers)
 
-        run_folder.replace(folder / run_folder.LORA_FILE, write)
+        run_folder.replace(folder / LORA_FILE, write)
 
     def lora_state(self) -> dict:
         """The LoRA's tensors by PEFT's names; they follow the training."""

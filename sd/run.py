@@ -6,10 +6,11 @@ from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
+from torch import Tensor
 
-from sd import report, run_folder
+from sd import metrics, report, run_folder
 from sd.feedback import ScorerFeedback
-from sd.memory import Memory
+from sd.memory import LabelledBatch, Memory
 from sd.model import Model, RunningAverage
 from sd.run_folder import RunError
 
@@ -29,6 +30,20 @@ class Run(NamedTuple):
     def trained_steps(self) -> int:
         return self.args.num_steps - self.args.skip_last
 
+    def log_ratios(
+        self, batch: LabelledBatch, ref_log_prob: Tensor, *, sampled: bool
+    ) -> metrics.LogRatios:
+        """Of the policy to the initial model, before it trains on a batch.
+
+        sampled: this policy sampled the batch, so its log-probs are there.
+        """
+        model, now, initial = self.model, batch.trajectory.log_prob, ref_log_prob
+        if not sampled:
+            now = model.log_prob(model.sampler, batch)
+        if self.args.reference == "previous":
+            initial = model.log_prob(model.reference, batch)
+        return metrics.log_ratios(now - initial, batch.pairs, self.trained_steps)
+
     def save(self, epoch: int) -> None:
         """lora/ for pipe.load_lora_weights, the report, and checkpoint/ for --resume."""
         args, scaler = self.args, self.accelerator.scaler
@@ -43,6 +58,16 @@ class Run(NamedTuple):
             "scaler": scaler and scaler.state_dict(),
         }
         run_folder.save_tensors(args.out / "checkpoint" / "state.pt", state)
+
+    def rows(self) -> list[dict]:
+        """Of metrics.jsonl."""
+        return run_folder.read_lines(self.args.out / "metrics.jsonl")
+
+    def note_stop(self, epoch: int, reason: str) -> None:
+        """Keep in config.json and the report why a run ends before this epoch is kept."""
+        file = self.args.out / "config.json"
+        run_folder.save_json(file, run_folder.read_json(file) | {"stopped": reason})
+        self.write_report(epoch - 1)
 
     def write_report(self, epoch: int) -> None:
         """README.md and report.html of the run so far."""
@@ -73,7 +98,7 @@ class Run(NamedTuple):
             raise RunError(f"{out} has trained nothing yet: there is no model to evaluate")
         run_folder.read_file(lora, self.model.read_lora)
         self.accelerator.print(f"There is no checkpoint that can be read: this is about {lora}.")
-        rows = run_folder.read_lines(out / "metrics.jsonl")
+        rows = self.rows()
         return rows[-1]["epoch"] if rows else 0
 
     def restore(self, file: Path) -> int:

@@ -11,8 +11,9 @@ from sd.metrics import EvalResult
 
 
 def test_preference_metrics_in_numbers():
-    pairs = torch.tensor([[0, 1], [0, 2]])
-    found = metrics.preference_metrics(torch.tensor([1.0, -3.0, 2.0]), pairs, beta=0.1)
+    log_ratio = torch.tensor([[0.5, -3.0, 1.0], [0.5, 0.0, 1.0], [9.0, 0.0, 0.0]])  # T, B
+    batch = metrics.log_ratios(log_ratio, torch.tensor([[0, 1], [0, 2]]), trained_steps=2)
+    found = metrics.preference_metrics([batch], beta=0.1)
     assert found["accuracy"] == 0.5
     assert found["margin"] == pytest.approx(0.1 * (4 - 1) / 2)
     assert found["log_ratio_winners"] == 1
@@ -20,19 +21,32 @@ def test_preference_metrics_in_numbers():
 
 
 def test_without_pairs_there_is_no_metric():
-    found = metrics.preference_metrics(torch.zeros(3), torch.zeros(0, 2).long(), beta=0.1)
-    assert set(found.values()) == {None}
+    batch = metrics.log_ratios(torch.zeros(2, 3), torch.zeros(0, 2).long(), trained_steps=2)
+    for batches in ([], [batch]):
+        assert set(metrics.preference_metrics(batches, beta=0.1).values()) == {None}
+
+
+def test_all_pairs_of_all_batches_count_alike():
+    one = metrics.LogRatios([1.0, 2.0, 3.0], [0.0, 0.0, 0.0], [], [])
+    other = metrics.LogRatios([-2.0], [2.0], [], [])
+    found = metrics.preference_metrics([one, other], beta=0.5)
+    assert found["accuracy"] == 0.75 and found["margin"] == 0.5 * (6 - 4) / 4
+    assert found["log_ratio_winners"] == 1 and found["log_ratio_losers"] == 0.5
 
 
 def test_a_winner_that_is_not_above_the_loser_is_no_hit():
-    found = metrics.preference_metrics(torch.zeros(2), torch.tensor([[0, 1]]), beta=1)
+    batch = metrics.log_ratios(torch.zeros(1, 2), torch.tensor([[0, 1]]), trained_steps=1)
+    found = metrics.preference_metrics([batch], beta=1)
     assert found["accuracy"] == 0
 
 
 def test_the_kl_is_a_mean_of_sums_over_the_steps():
     log_ratio = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 9.0]])
-    assert metrics.kl(log_ratio, 2) == {"kl": 12.0, "kl_trained": 5.0}
-    assert metrics.kl(None, 2) == {"kl": None, "kl_trained": None}  # nobody sampled them
+    batch = metrics.log_ratios(log_ratio, torch.zeros(0, 2).long(), trained_steps=2)
+    assert metrics.kl([batch]) == {"kl": 12.0, "kl_trained": 5.0}
+    other = batch._replace(chains=[3.0], trained=[2.0])  # all chains count alike
+    assert metrics.kl([batch, other]) == {"kl": 9.0, "kl_trained": 4.0}
+    assert metrics.kl([]) == {"kl": None, "kl_trained": None}  # nobody sampled them
 
 
 def test_the_mean_score_counts_every_image_once():
@@ -107,6 +121,7 @@ ROW = {
     "unscored": 0,
     "loss": 0.6,
     "skipped": 0,
+    "labels": 50,
     "seconds_sample": 1.0,
     "seconds_train": 2.0,
 }
@@ -118,6 +133,9 @@ LINES = [
     ({"watched": 0.8}, ["watched 0.800 (initial 0.500)"]),
     ({"log_ratio_winners": -0.1}, ["WARNING: winners lose probability", "--beta"]),
     ({"kl_trained": metrics.KL_LIMIT + 1.0}, ["WARNING: KL", "progress.png"]),
+    ({"eval_kl": metrics.KL_LIMIT + 1.0}, ["WARNING: KL", "progress.png"]),
+    ({"watched": 0.44}, ["WARNING: the watched score fell from 0.5 to 0.44"]),
+    ({"watched": 0.46}, ["watched 0.460 (initial 0.500)"]),
     ({"skipped": 2}, ["2 updates skipped"]),
     ({"unscored": 3}, ["3 images without a score, in no label"]),
     ({"preferences": 0}, ["WARNING: no label says which image is better"]),
@@ -125,9 +143,14 @@ LINES = [
 ]
 
 
+def told(row: dict, *earlier: dict) -> dict:
+    return {"warnings": metrics.warnings(row, {"watched": 0.5}, list(earlier))}
+
+
 @pytest.mark.parametrize("change, parts", LINES)
 def test_an_epochs_line_has_its_numbers_and_warnings(change, parts):
-    line = metrics.format_metrics(ROW | change, 9, {"eval_score": -2.5, "watched": 0.5})
+    row, initial = ROW | change, {"eval_score": -2.5, "watched": 0.5}
+    line = metrics.format_metrics(row | told(row), 9, initial)
     assert all(part in line for part in parts) and "\n" not in line
     assert line.count("WARNING") == sum("WARNING" in part for part in parts)
 
@@ -137,12 +160,12 @@ def test_an_epoch_that_people_labelled_has_no_score():
     assert metrics.mean_score([{"images": ["a", "b"], "scores": None, "h": 1}]) == no_score
     assert metrics.mean_score([]) == no_score  # a pass over the labels of a file
     initial = {"eval_score": None, "watched": 0.5}
-    line = metrics.format_metrics(ROW | no_score | {"watched": 0.8}, 9, initial)
+    line = metrics.format_metrics(ROW | no_score | {"watched": 0.8, "warnings": []}, 9, initial)
     assert line.startswith("epoch 3/9; watched 0.800 (initial 0.500); accuracy")
 
 
 def test_a_pass_over_the_labels_of_a_file_has_no_kl_of_its_own():
-    row = ROW | {"score": None, "kl": None, "kl_trained": None}
+    row = ROW | {"score": None, "kl": None, "kl_trained": None, "warnings": []}
     assert "KL" not in metrics.format_metrics(row, 9, {})
 
 
@@ -155,7 +178,8 @@ def test_a_score_is_shown_where_the_initial_model_had_none():
 
 def test_an_epoch_of_ties_has_a_line_with_one_warning():
     ties = dict.fromkeys(("accuracy", "margin", "log_ratio_winners", "log_ratio_losers", "loss"))
-    line = metrics.format_metrics(ROW | ties | {"preferences": 0}, 9, {})
+    row = ROW | ties | {"preferences": 0}
+    line = metrics.format_metrics(row | told(row), 9, {})
     assert line.count("WARNING") == 1 and "accuracy" not in line
 
 
@@ -231,3 +255,30 @@ def test_three_epochs_in_a_row_without_a_preference_end_a_run(tmp_path, preferen
 def test_rows_of_an_earlier_version_do_not_end_a_run(tmp_path):
     run_folder.append(tmp_path / "metrics.jsonl", [{"epoch": n} for n in range(1, 5)])
     assert metrics.nothing_to_learn(tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    "accuracy, labels, epochs, warns",
+    [(0.5, 100, 5, True), (0.45, 900, 9, True), (0.52, 900, 5, False), (0.5, 99, 5, False)],
+)
+def test_accuracy_at_chance_after_many_labels_is_a_warning(accuracy, labels, epochs, warns):
+    rows = [
+        ROW | {"accuracy": accuracy + 0.01 * (-1) ** n, "labels": labels} for n in range(epochs)
+    ]
+    rows[0] |= {"accuracy": None} if epochs > 5 else {"accuracy": accuracy - 0.05}
+    (*earlier, row) = rows
+    found = told(row, *earlier)["warnings"]
+    assert any("accuracy at chance" in warning for warning in found) == warns
+    assert not told(row, *earlier[:3])["warnings"]  # few epochs say little
+
+
+def test_a_fall_is_measured_on_a_score_of_either_sign():
+    for before, now, falls in ((-2.0, -2.3, True), (-2.0, -2.1, False), (-2.0, -1.0, False)):
+        found = metrics.warnings(ROW | {"watched": now}, {"watched": before}, [])
+        assert bool(found) == falls
+
+
+def test_the_share_of_bad_images_is_that_of_all_tags():
+    rows = [{"bad": [True, False, False]}, {"bad": [True, True, False]}, {"bad": None}, {"h": 1}]
+    assert metrics.bad_share(rows) == 0.5
+    assert metrics.bad_share([{"h": 1}]) is metrics.bad_share([]) is None

@@ -57,7 +57,8 @@ def test_training_raises_winners_over_losers(tiny, loss, every):
     batch, pairs = loaded.sample(), torch.tensor([[1, 0], [2, 3]])
     losses = [np.mean(loaded.update(batch, pairs.tolist())[0]) for _ in range(3)]
     log_ratio = (loaded.log_prob(batch) - loaded.reference_log_prob(batch)).sum(0)
-    found = metrics.preference_metrics(log_ratio, pairs, beta=1.0)
+    of_batch = metrics.LogRatios(*log_ratio[pairs.T].tolist(), [], [])
+    found = metrics.preference_metrics([of_batch], beta=1.0)
     assert found["accuracy"] == 1 and found["margin"] > 1
     assert losses[-1] < losses[0] < math.log(2) + 0.01
 
@@ -137,25 +138,25 @@ def test_beyond_the_clamp_there_is_no_gradient(tiny):
 
 
 @pytest.mark.parametrize("reference", ["initial", "previous"])
-def test_metrics_of_a_batch_are_those_of_the_steps_trained(tiny, reference):
+def test_metrics_of_a_batch_are_of_the_policy_before_it_trains_on_it(tiny, reference):
     loaded = Loaded(tiny, f"--reference {reference} --skip-last 1 --beta 0.2")
     loaded.update(loaded.sample(), [[0, 1], [3, 2]])
     batch = loaded.sample((2, 3))  # of a policy that is not the initial model any more
     ref_log_prob = sd_demo.reference_log_prob(loaded.run, batch)
     sampled, initial = batch.trajectory.log_prob, loaded.reference_log_prob(batch)
     assert torch.equal(ref_log_prob, sampled if reference == "previous" else initial)
-    loaded.update(batch, [[1, 0], [3, 2]])
-    pairs = torch.tensor([[1, 0], [3, 2]])
-    labelled = LabelledBatch(batch.trajectory, batch.cond, pairs)
-    found = sd_demo.policy_metrics(loaded.run, labelled, ref_log_prob, sampled=True)
-    log_ratio = (loaded.log_prob(batch) - ref_log_prob)[:2].sum(0)
-    assert found == {
-        **metrics.preference_metrics(log_ratio, pairs, beta=0.2),
-        **metrics.kl(sampled - initial, 2),
-    }
-    assert found["kl"] > 0.1
-    without = sd_demo.policy_metrics(loaded.run, labelled, ref_log_prob, sampled=False)
-    assert without == found | {"kl": None, "kl_trained": None}
+    labelled = LabelledBatch(batch.trajectory, batch.cond, torch.tensor([[1, 0], [3, 2]]))
+    found = loaded.run.log_ratios(labelled, ref_log_prob, sampled=True)
+    log_ratio = sampled - initial
+    assert found.chains == log_ratio.sum(0).tolist()
+    assert found.trained == log_ratio[:2].sum(0).tolist()
+    assert found.winners == [found.trained[1], found.trained[3]]
+    assert found.losers == [found.trained[0], found.trained[2]]
+    assert metrics.kl([found])["kl"] > 0.1
+    # Of trajectories that nobody sampled it asks the policy
+    drawn = labelled._replace(trajectory=d3po.Trajectory(batch.trajectory.x, sampled * 0))
+    found = loaded.run.log_ratios(drawn, ref_log_prob, sampled=False)
+    assert found.chains == pytest.approx(log_ratio.sum(0).tolist(), rel=1e-3, abs=1e-3)
 
 
 def test_without_pairs_nothing_is_trained(tiny):
@@ -340,14 +341,18 @@ def test_metrics_have_the_keys_of_the_design(done):
     out, _ = done
     keys = """epoch labels preferences unscored score score_sem eval_score eval_win_rate watched
         accuracy margin kl kl_trained eval_kl loss skipped log_ratio_winners log_ratio_losers
-        seconds_sample seconds_train peak_memory_mb""".split()
+        seconds_sample seconds_train peak_memory_mb bad_share warnings""".split()
     first, second = rows = read_rows(out / "metrics.jsonl")
     assert [set(row) for row in rows] == [set(keys)] * 2
     assert [row["epoch"] for row in rows] == [1, 2] and [row["labels"] for row in rows] == [6, 12]
-    assert all(row.pop("eval_kl") is None for row in rows)  # there is no --max-kl
+    for key in ("eval_kl", "bad_share"):  # there is no --max-kl, and nobody tags
+        assert all(row.pop(key) is None for row in rows)
+    learned = ("accuracy", "margin", "log_ratio_winners", "log_ratio_losers")
+    assert {first.pop(key) for key in learned} == {None}  # the policy was the initial model
+    assert all(isinstance(row.pop("warnings"), list) for row in rows)
     assert all(math.isfinite(value) for row in rows for value in row.values())
     assert abs(first["kl"]) < 0.01 < second["kl"]  # of the policy that samples: first the initial
-    assert first["accuracy"] > 0.5 and first["margin"] > 0 and first["skipped"] == 0
+    assert 0 <= second["accuracy"] <= 1 and second["margin"] and first["skipped"] == 0
     assert 0 < first["loss"] < math.log(2) + 0.1 and 0 <= first["eval_win_rate"] <= 1
     initial = run_folder.read_json(out / "config.json")["initial"]
     assert first["eval_score"] != initial["eval_score"] and initial["watched"] > 0
@@ -480,7 +485,7 @@ def test_the_last_steps_are_left_out_and_the_learning_rate_falls_as_a_cosine(
     tiny, scorers, tmp_path, monkeypatch, no_figures
 ):
     orders, rates, ratios = [], [], []
-    update_batch, kl = sd_demo.update_batch, metrics.kl
+    update_batch, log_ratios = sd_demo.update_batch, metrics.log_ratios
 
     def update(run, *args, steps, **options):
         orders.append(steps)
@@ -488,7 +493,12 @@ def test_the_last_steps_are_left_out_and_the_learning_rate_falls_as_a_cosine(
         return update_batch(run, *args, steps=steps, **options)
 
     monkeypatch.setattr(sd_demo, "update_batch", update)
-    monkeypatch.setattr(metrics, "kl", lambda ratio, n: ratios.append(ratio) or kl(ratio, n))
+
+    def watch(ratio, *rest):
+        ratios.append(ratio)
+        return log_ratios(ratio, *rest)
+
+    monkeypatch.setattr(metrics, "log_ratios", watch)
     flags = "--skip-last 1 --epochs 3 --eval-every 9"
     out = run(tiny, tmp_path / "run", f"{scorers}:brightness", flags)
     assert [sorted(steps) for steps in orders] == [[0, 1]] * 3
@@ -508,7 +518,7 @@ def test_an_epoch_of_ties_trains_nothing_and_goes_on(tiny, scorers, tmp_path, no
     for row in rows:
         assert {row[key] for key in nothing} == {None}
         assert row["score"] == 1 and row["skipped"] == 0 and row["eval_win_rate"] == 0.5
-    assert [row["labels"] for row in rows] == [6, 12]
+    assert [row["labels"] for row in rows] == [0, 0]  # a tie is no preference
     # One prompt, one model: only noise makes images differ, in a group, between groups and epochs
     assert len({path.read_bytes() for path in out.glob("images/e00*.png")}) == 12
     state = torch.load(out / "checkpoint" / "state.pt")
