@@ -86,7 +86,8 @@ def write(run: Path, epoch: int, code: str) -> None:
     page += [f"<h1>{html.escape(title)}</h1><pre>{html.escape(args.command)}</pre>"]
     page += [f"<h2>Use it</h2><pre>{html.escape(code)}</pre><p>{note}"]
     page += [f"<h2>{FIGURES[name]}</h2><img src={name} alt=''>" for name in pictures]
-    told = {config["stopped"]: []} if config.get("stopped") else {}  # warning: epochs
+    stopped = getattr(args, "stopped", None)
+    told = {stopped: []} if stopped else {}  # warning: epochs
     for row in rows:
         for warning in row.get("warnings", []):
             told.setdefault(warning, []).append(str(row["epoch"]))
