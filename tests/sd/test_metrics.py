@@ -170,8 +170,9 @@ def test_a_pass_over_the_labels_of_a_file_has_no_kl_of_its_own():
 
 
 def test_a_score_is_shown_where_the_initial_model_had_none():
-    row = ROW | {"eval_score": -1.0, "watched": 0.5}
-    line = metrics.format_metrics(row, 9, {"eval_score": None, "watched": None})
+    row, initial = ROW | {"eval_score": -1.0, "watched": 0.5}, {"eval_score": None, "watched": None}
+    row["warnings"] = metrics.warnings(row, initial, [])
+    line = metrics.format_metrics(row, 9, initial)
     assert "held out -1.000 (initial has none); watched 0.500 (initial has none)" in line
     assert "win rate" not in line
 
