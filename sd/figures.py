@@ -21,7 +21,10 @@ def held_out_file(run: Path, epoch: int, number: int) -> Path:
 
 
 def held_out_images(run: Path, epoch: int) -> list[Image.Image]:
-    return [open_image(path) for path in sorted(run.glob(f"images/held_out_e{epoch:03}_*.png"))]
+    """Those of an evaluation; none where one of them cannot be read."""
+    files = sorted(run.glob(f"images/held_out_e{epoch:03}_*.png"))
+    images = [open_image(file) for file in files]
+    return [] if None in images else images
 
 
 def open_image(file: Path) -> Image.Image | None:
@@ -34,60 +37,92 @@ def open_image(file: Path) -> Image.Image | None:
 
 
 def draw_run(run: Path) -> list[Path]:
-    """Draw reward_curve.png, progress.png and before_after.png of a run; return their paths."""
+    """Draw a run; return the paths.
+
+    reward_curve.png; progress.png and before_after.png, once a model after training was evaluated.
+    """
     config = run_folder.read_json(run / "config.json")
     rows = run_folder.read_lines(run / "metrics.jsonl")
-    evaluated = [row for row in rows if held_out_file(run, row["epoch"], 0).exists()]
+    initial = held_out_images(run, 0)
+    images = {row["epoch"]: held_out_images(run, row["epoch"]) for row in rows}
+    images = {epoch: found for epoch, found in images.items() if len(found) == len(initial) > 0}
+    evaluated = [row for row in rows if row["epoch"] in images]
     evaluated = [{"epoch": 0, **config["initial"]}, *evaluated]
     curves = draw_curves(rows, evaluated, config, run / "reward_curve.png")
+    if not images:
+        return [curves]
 
-    epochs = [row["epoch"] for row in evaluated]
+    images = {0: initial, **images}
+    epochs = list(images)
     evenly = np.linspace(0, len(epochs) - 1, NUM_PROGRESS_ROWS)
     chosen = [epochs[n] for n in sorted({round(n) for n in evenly})]
     names = [f"epoch {epoch}" if epoch else "initial" for epoch in chosen]
-    images = [held_out_images(run, epoch) for epoch in chosen]
-    progress = draw_rows(images, names, run / "progress.png")
-    return [curves, progress, draw_pairs(images[0], images[-1], run / "before_after.png")]
+    progress = draw_rows([images[epoch] for epoch in chosen], names, run / "progress.png")
+    pairs = draw_pairs(initial, images[epochs[-1]], run / "before_after.png")
+    return [curves, progress, pairs]
 
 
 def draw_curves(rows: list[dict], evaluated: list[dict], config: dict, path: Path) -> Path:
-    """Score, KL and the watched score over the epochs; without scores where people judge.
+    """Score, KL and the watched score over the epochs; where people judge, what they say.
 
     rows: metrics.jsonl; evaluated: those with held-out images, first the initial model's.
     """
-    initial = evaluated[0]
-    epochs = [row["epoch"] for row in rows]
-    eval_epochs = [row["epoch"] for row in evaluated]
-    scored, watched = (initial[key] is not None for key in ("eval_score", "watched"))
-    columns = 1 + scored + watched
-    figure, grid = plt.subplots(
-        1, columns, figsize=(5 * columns, 3.6), layout="constrained", squeeze=False
+    panels = [draw_score if evaluated[0]["eval_score"] is not None else draw_people, draw_kl]
+    panels += [draw_watched] if evaluated[0]["watched"] is not None else []
+    figure, axes = plt.subplots(
+        1, len(panels), figsize=(5 * len(panels), 3.6), layout="constrained", squeeze=False
     )
-    axes = iter(grid[0])
-    if scored:
-        axis = next(axes)
-        score, sem = (column(rows, key) for key in ("score", "score_sem"))
-        axis.plot(epochs, score, color="0.5", linewidth=1, label="training images, ± s.e.")
-        axis.fill_between(epochs, score - sem, score + sem, color="0.85")
-        held_out = [row["eval_score"] for row in evaluated]
-        axis.plot(eval_epochs, held_out, "ko-", markersize=4, label="held-out noises")
-        axis.axhline(initial["eval_score"], color="black", linestyle=":", label="initial model")
-        axis.set(xlabel="epoch", ylabel=f"score: {config['objective']}")
-        axis.legend()
-    axis = next(axes)
+    for draw, axis in zip(panels, axes[0], strict=True):
+        draw(axis, rows, evaluated, config)
+        axis.set(xlabel="epoch")
+        axis.xaxis.get_major_locator().set_params(integer=True)
+    return save_figure(figure, path)
+
+
+def draw_score(axis, rows: list[dict], evaluated: list[dict], config: dict) -> None:
+    epochs, score, sem = (column(rows, key) for key in ("epoch", "score", "score_sem"))
+    axis.plot(epochs, score, color="0.5", linewidth=1, label="training images, ± s.e.")
+    axis.fill_between(epochs, score - sem, score + sem, color="0.85")
+    held_out = column(evaluated, "epoch"), column(evaluated, "eval_score")
+    axis.plot(*held_out, "ko-", markersize=4, label="held-out noises")
+    axis.axhline(evaluated[0]["eval_score"], color="black", linestyle=":", label="initial model")
+    axis.set(ylabel=f"score: {config['objective']}")
+    axis.legend()
+
+
+def draw_people(axis, rows: list[dict], evaluated: list[dict], config: dict) -> None:
+    curves = {  # key of metrics.jsonl: line, name
+        "accuracy": ("ko-", "accuracy before training"),
+        "eval_win_rate": ("k^--", "win rate"),
+        "bad_share": ("ks:", "share of images tagged bad"),
+    }
+    for key, (line, name) in curves.items():
+        values = column(rows, key)
+        known = ~np.isnan(values)
+        if known.any():
+            axis.plot(column(rows, "epoch")[known], values[known], line, markersize=4, label=name)
+    axis.axhline(0.5, color="0.6", linewidth=1, label="accuracy of chance")
+    axis.set(ylabel="share", ylim=(-0.02, 1.02))
+    axis.legend()
+
+
+def draw_kl(axis, rows: list[dict], evaluated: list[dict], config: dict) -> None:
+    epochs = column(rows, "epoch")
     axis.plot(epochs, column(rows, "kl"), color="0.5", linewidth=1, label="all steps")
     axis.plot(epochs, column(rows, "kl_trained"), "k-", label="steps trained on")
     if config.get("max_kl"):
-        axis.plot(eval_epochs, column(evaluated, "eval_kl"), "ko-", markersize=4, label="held out")
+        held_out = column(evaluated, "epoch"), column(evaluated, "eval_kl")
+        axis.plot(*held_out, "ko-", markersize=4, label="held out")
         axis.axhline(config["max_kl"], color="black", linestyle=":", label="--max-kl")
-    axis.set(xlabel="epoch", ylabel="KL to the initial model (nats an image)", ylim=(0, None))
+    axis.set(ylabel="KL to the initial model (nats an image)", ylim=(0, None))
     axis.legend()
-    if watched:
-        axis = next(axes)
-        axis.plot(eval_epochs, [row["watched"] for row in evaluated], "ko-", markersize=4)
-        axis.set(xlabel="epoch", ylabel=f"watched: {Path(config['watch']).name}")
-        axis.set_ylim(bottom=min(0, axis.get_ylim()[0]))
-    return save_figure(figure, path)
+
+
+def draw_watched(axis, rows: list[dict], evaluated: list[dict], config: dict) -> None:
+    axis.plot(column(evaluated, "epoch"), column(evaluated, "watched"), "ko-", markersize=4)
+    axis.set(ylabel=f"watched: {Path(config['watch']).name}")
+    axis.margins(y=0.1)
+    axis.set_ylim(bottom=min(0, axis.get_ylim()[0]))
 
 
 def column(rows: list[dict], key: str) -> np.ndarray:

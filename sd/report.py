@@ -91,13 +91,14 @@ def write(run: Path, epoch: int, code: str) -> None:
     for row in rows:
         for warning in row.get("warnings", []):
             told.setdefault(warning, []).append(str(row["epoch"]))
+    last = {key: value for key, value in (rows or [{}])[-1].items() if key != "warnings"}
     if told:
         lines = [
             f"{warning} (epoch {', '.join(at)})" if at else warning for warning, at in told.items()
         ]
         page += ["<h2>Warnings</h2><ul>", *(f"<li>{html.escape(line)}" for line in lines), "</ul>"]
-    for head, content in (("Evaluation", result), ("The last epoch", rows[-1] if rows else {})):
-        known = {key: value for key, value in content.items() if value not in (None, [])}
+    for head, content in (("Evaluation", result), ("The last epoch", last)):
+        known = {key: value for key, value in content.items() if value is not None}
         cells = "".join(f"<tr><th>{key}<td>{html.escape(show(v))}" for key, v in known.items())
         page += [f"<h2>{head}</h2><table>{cells}</table>"] if known else []
     run_folder.save_text(run / "report.html", "\n".join(page) + "\n")

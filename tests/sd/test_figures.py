@@ -1,5 +1,7 @@
 """Figures of a run, drawn from a folder that no run has made."""
 
+from pathlib import Path
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
@@ -88,7 +90,41 @@ def test_where_people_judge_there_is_no_score_to_draw(run, drawn):
     rows = [row | no_score for row in run_folder.read_lines(run / "metrics.jsonl")]
     run_folder.save_lines(run / "metrics.jsonl", rows)
     figures.draw_run(run)
-    assert len(drawn[0].axes) == 1 and "KL" in drawn[0].axes[0].get_ylabel()
+    share, kl = drawn[0].axes
+    assert "share" in share.get_ylabel() and "KL" in kl.get_ylabel()
+
+
+def test_where_people_judge_their_answers_are_drawn(run, drawn):
+    rows = run_folder.read_lines(run / "metrics.jsonl")
+    for row, accuracy, bad in zip(rows, (None, 0.75, 0.5), (0.5, 0.25, 0.0), strict=True):
+        row |= {"accuracy": accuracy, "bad_share": bad, "eval_win_rate": None}
+    run_folder.save_lines(run / "metrics.jsonl", rows)
+    config = run_folder.read_json(run / "config.json")
+    config["initial"] = {"eval_score": None, "watched": None}
+    run_folder.save_json(run / "config.json", config)
+    figures.draw_run(run)
+    accuracy, bad, chance = lines(drawn[0].axes[0])
+    assert accuracy == ([2, 3], [0.75, 0.5]) and bad == ([1, 2, 3], [0.5, 0.25, 0])
+    assert set(chance[1]) == {0.5}
+
+
+def test_no_figure_shows_a_model_that_was_not_drawn(run):
+    for file in run.glob("images/held_out_e00[23]_*"):
+        file.unlink()
+    assert [path.name for path in figures.draw_run(run)] == ["reward_curve.png"]
+    assert not (run / "progress.png").exists() and not (run / "before_after.png").exists()
+
+
+@pytest.mark.parametrize("harm", [Path.unlink, lambda file: file.write_bytes(b"")])
+@pytest.mark.parametrize("epoch", [0, 2, 3])
+def test_an_evaluation_that_lost_an_image_is_left_out(run, drawn, harm, epoch):
+    harm(figures.held_out_file(run, epoch, 1))
+    figures.draw_run(run)
+    if epoch == 0:
+        assert len(drawn) == 1  # there is nothing to compare with
+        return
+    left = {2: "epoch 3", 3: "epoch 2"}[epoch]
+    assert [axis.get_ylabel() for axis in drawn[1].axes[::2]] == ["initial", left]
 
 
 def test_a_limit_of_the_kl_is_drawn_with_the_kl_that_it_limits(run, drawn):

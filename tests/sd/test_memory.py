@@ -211,8 +211,10 @@ def test_a_run_stops_before_its_kl_limit_and_goes_on_with_a_higher_one(
     )
     assert [row["epoch"] for row in read_rows(out / "metrics.jsonl")] == [1]
     assert torch.load(out / "checkpoint" / "state.pt")["epoch"] == 1
+    assert "the run stops and keeps the model of epoch 1" in (out / "report.html").read_text()
     sd_demo.main(["--resume", str(out), "--max-kl", "1e6"])
     assert outcome(out) == unbroken
+    assert "the run stops" not in (out / "report.html").read_text()
 
 
 def test_a_run_that_stops_at_once_keeps_nothing_and_says_so(

@@ -1,6 +1,7 @@
 """sd/report.py: what a run leaves to read, and code that draws what the training drew."""
 
 import re
+import shutil
 import subprocess
 import sys
 
@@ -9,7 +10,7 @@ from PIL import Image
 from sd_helpers import PROMPTS, Loaded, run, same_images
 
 import sd_demo
-from sd import report
+from sd import report, run_folder
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +57,25 @@ def test_the_report_asks_nothing_of_the_network(done):
     links = re.findall(r"(?:src|href)=([^ >]+)", page)
     assert links and all((done / link).is_file() for link in links)
     assert "brightness" in page and "eval_score" in page and "reward_curve.png" in page
+
+
+def test_warnings_are_shown_with_their_epochs_and_why_the_run_ended(done, tmp_path):
+    out = shutil.copytree(done, tmp_path / "run")
+    rows = run_folder.read_lines(out / "metrics.jsonl")
+    rows[0]["warnings"], rows[1]["warnings"] = ["<it> breaks"], ["<it> breaks", "nothing learned"]
+    run_folder.save_lines(out / "metrics.jsonl", rows)
+    config = run_folder.read_json(out / "config.json")
+    assert config["stopped"] is None
+    run_folder.save_json(out / "config.json", config | {"stopped": "The KL is above --max-kl"})
+    report.write(out, 2, PROMPTS[0], pipeline="StableDiffusionPipeline", flow=False)
+    page = (out / "report.html").read_text()
+    for line in ("&lt;it&gt; breaks (epoch 1, 2)", "nothing learned (epoch 2)", "The KL is above"):
+        assert f"<li>{line}" in page
+    assert "<th>warnings" not in page
+    run_folder.save_lines(out / "metrics.jsonl", [row | {"warnings": []} for row in rows])
+    run_folder.save_json(out / "config.json", config)
+    report.write(out, 2, PROMPTS[0], pipeline="StableDiffusionPipeline", flow=False)
+    assert "Warnings" not in (out / "report.html").read_text()
 
 
 def test_numbers_are_short():
