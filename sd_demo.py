@@ -223,7 +223,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def start(parser: ArgumentParser, args: Namespace, lock: run_folder.Lock) -> None:
     """A run, or an evaluation of one, which the lock makes ours alone."""
-    accelerator = make_accelerator(args.precision)
+    accelerator = make_accelerator(args.precision, args.device)
     is_main, people = accelerator.is_main_process, args.objective in options.HUMAN_PRESETS
     quiet = args.dry_run or not is_main
     bar = tqdm(unit=" passes", mininterval=0.5, delay=0.1, disable=quiet)

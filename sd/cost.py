@@ -4,6 +4,7 @@ import math
 from argparse import Namespace
 from typing import NamedTuple
 
+import torch
 from diffusers import StableDiffusionPipeline
 
 from sd.label_files import EPOCH_GROUPS, passes_over_given
@@ -90,7 +91,7 @@ def labels_of_group(objective: str | None, K: int) -> int:
 def describe(cost: Cost, model: Model, args: Namespace) -> str:
     """The start-up lines of a run: model, objective, cost, and what beta means."""
     device = str(model.network.device)
-    if not device.startswith("cuda"):
+    if not torch.cuda.is_available():
         device += ", as there is no CUDA GPU"
     D = math.prod(model.latent_shape)
     kind = type(model.pipe).__name__

@@ -56,13 +56,14 @@ def lora_off(network: nn.Module):
         network.enable_adapters()
 
 
-def make_accelerator(precision: str) -> Accelerator:
+def make_accelerator(precision: str, device: str = "auto") -> Accelerator:
+    """On this device, by default the best one that there is."""
     handlers = [
         AutocastKwargs(enabled=False),  # the LoRA's layers cast for themselves
         InitProcessGroupKwargs(timeout=timedelta(days=30)),  # people take their time
     ]
     mixed = "fp16" if precision == "fp16" else "no"
-    return Accelerator(mixed_precision=mixed, kwargs_handlers=handlers)
+    return Accelerator(cpu=device == "cpu", mixed_precision=mixed, kwargs_handlers=handlers)
 
 
 class RunningAverage:

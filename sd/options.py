@@ -67,7 +67,8 @@ EPILOG = f"""defaults of their own, after which comes what you type:
   --loss sft: {LOSS_PRESETS["sft"]}
   --loss ddpo: {LOSS_PRESETS["ddpo"]}"""
 PAPER_BETA = 0.1  # of the mean over the D latent elements: 0.1 / D of the sum
-UNSAVED_FLAGS = {"out", "resume", "evaluate", "dry_run", "port"}  # of one start, not of the run
+# Of one start, not of the run
+UNSAVED_FLAGS = {"out", "resume", "evaluate", "dry_run", "port", "device"}
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
@@ -98,6 +99,16 @@ def not_negative(text: str) -> float:
 
 
 not_negative.__name__ = "float"
+
+
+def is_there(device: str) -> bool:
+    """Whether this machine has a device of --device."""
+    checks = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}
+    return device not in checks or checks[device]()
+
+
+def uses_cuda(device: str) -> bool:
+    return device in ("auto", "cuda") and is_there("cuda")
 
 
 def build_parser() -> tuple[ArgumentParser, dict]:
@@ -176,7 +187,9 @@ def build_parser() -> tuple[ArgumentParser, dict]:
     add = flags("the machine")
     size = "groups at a time on each device, and in an update"
     add("--batch-size", 1, type=count, metavar="N", help=size)
-    precision = "fp16" if torch.cuda.is_available() else "fp32"
+    devices, best = ["auto", "cpu", "cuda", "mps"], "auto: the best one that there is"
+    add("--device", "auto", choices=devices, help=f"to compute on; {best}")
+    precision = "fp16" if uses_cuda("auto") else "fp32"
     add("--precision", precision, choices=list(DTYPES), help="of all but the LoRA and log-probs")
     add("--gradient-checkpointing", True, action=on_off, help="less memory, a third more time")
 
@@ -235,6 +248,8 @@ def parse(argv: list[str] | None = None) -> tuple[ArgumentParser, Namespace]:
         if os.path.exists(typed[name]):
             typed[name] = str(Path(typed[name]).resolve())
     try:
+        if typed.get("device") == "cpu":
+            defaults["precision"] = "fp32"
         if "resume" in typed or "evaluate" in typed:
             saved = saved_settings(typed, defaults)
             settings = {**defaults, **saved, **typed, "out": saved["out"]}
@@ -255,7 +270,8 @@ def presets(parser: ArgumentParser, typed: dict) -> dict:
     def settings_of(flags: str) -> dict:
         return vars(parser.parse_args(flags.split()))
 
-    model = typed.get("model", SD15 if torch.cuda.is_available() else str(EMOJI))
+    cuda = uses_cuda(typed.get("device", "auto"))
+    model = typed.get("model", SD15 if cuda else str(EMOJI))
     kind = None if model == SD15 else pipeline_name(model)  # the default asks no hub
     settings = settings_of(PRESETS.get(kind, ("", ""))[0])
     settings["model"] = model
@@ -360,8 +376,11 @@ def check(args: Namespace) -> None:
         f"--loss {args.loss} has the initial model as reference: give --reference initial": (
             args.reference == "previous" and args.loss not in ("eq14", "eq12", "chain")
         ),
+        f"--device {args.device} is not on this machine: give another, or auto": (
+            not is_there(args.device)
+        ),
         "--precision fp16 needs a CUDA GPU: give fp32 or bf16": (
-            args.precision == "fp16" and not torch.cuda.is_available()
+            args.precision == "fp16" and not uses_cuda(args.device)
         ),
         f"--seed {args.seed}: give a number from 0 to 2^63 - 1": not 0 <= args.seed < 2**63,
         f"--out {args.out} exists: give a new folder, or --resume it": (
