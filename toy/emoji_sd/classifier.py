@@ -76,9 +76,9 @@ def recognised_by_judge(images: list, prompts: list[str]) -> list[float]:
     return recognised(images, prompts, JUDGE)
 
 
-def log_probability(images: list, prompts: list[str]) -> list[float]:
+def log_probability(images: list, prompts: list[str], weights: Path = WEIGHTS) -> list[float]:
     """A scorer for sd_demo.py: the classifier's log-probability of the prompt's animal, nats."""
-    logits, expected = _judge(images, prompts, WEIGHTS)
+    logits, expected = _judge(images, prompts, weights)
     return logits.log_softmax(1)[torch.arange(len(expected)), expected].tolist()
 
 
