@@ -29,7 +29,7 @@ ROWS = [
 ]
 LABEL = {"epoch": 3, "prompt": "a cat", "images": IMAGES[:2], "scores": [1.0, None], "h": -1}
 SETTINGS = vars(options.parse(["--objective", "human", "--model", "some/thing"])[1])
-COUNTS = [40, pytest.param(2_000, marks=pytest.mark.slow)]
+COUNTS = [40, pytest.param(400, marks=pytest.mark.slow)]
 
 
 def json_lines(rows: list) -> bytes:
