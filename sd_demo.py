@@ -4,6 +4,7 @@
     python sd_demo.py --objective human             # a page asks you which of two images is better
     python sd_demo.py --labels FILE                 # pairs of images that exist already
     accelerate launch sd_demo.py --objective compressibility   # several GPUs
+    torchrun --nproc_per_node 2 sd_demo.py --objective compressibility --device cpu
 
 `train` is the paper's Alg. 1. A run folder has config.json, metrics.jsonl, labels.jsonl, images/,
 latents/, figures, lora/ (for pipe.load_lora_weights) and checkpoint/ (for --resume).
@@ -223,11 +224,11 @@ def main(argv: list[str] | None = None) -> None:
 
 def start(parser: ArgumentParser, args: Namespace, lock: run_folder.Lock) -> None:
     """A run, or an evaluation of one, which the lock makes ours alone."""
-    accelerator = make_accelerator(args.precision, args.device)
-    is_main, people = accelerator.is_main_process, args.objective in options.HUMAN_PRESETS
-    quiet = args.dry_run or not is_main
-    bar = tqdm(unit=" passes", mininterval=0.5, delay=0.1, disable=quiet)
     try:
+        accelerator = make_accelerator(args.precision, args.device)
+        is_main, people = accelerator.is_main_process, args.objective in options.HUMAN_PRESETS
+        quiet = args.dry_run or not is_main
+        bar = tqdm(unit=" passes", mininterval=0.5, delay=0.1, disable=quiet)
         if is_main and (args.resume or args.evaluate) and not args.dry_run:
             lock.acquire(args.out)
         options.check_batches(args, accelerator.num_processes)

@@ -8,6 +8,7 @@ coordinate x = x_s / r with r^2 = (1 - s)^2 + s^2:
 At eta = 0 DDIM's step there is Euler's step, and log-ratios are those of the flow's coordinates.
 """
 
+import os
 from argparse import Namespace
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext, suppress
@@ -41,6 +42,7 @@ from sd.run_folder import LORA_FILE, Stream, generator
 
 LORA_TARGETS = ["to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj"]  # App. E
 STOCK_IMAGES = 16  # a stock call takes 50 steps, guided
+WORLD_SIZES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 # Beyond these, float32 log-ratios lose their meaning
 MIN_ALPHA_BAR = 1e-6
 MIN_SIGMA, MAX_SIGMA = 0.005, 0.999  # of a flow
@@ -57,13 +59,25 @@ def lora_off(network: nn.Module):
 
 
 def make_accelerator(precision: str, device: str = "auto") -> Accelerator:
-    """On this device, by default the best one that there is."""
+    """On this device, by default the best one that there is.
+
+    Raises ValueError, in a sentence, where a launcher started processes that would not find each
+    other: each would take itself for the only one.
+    """
     handlers = [
         AutocastKwargs(enabled=False),  # the LoRA's layers cast for themselves
         InitProcessGroupKwargs(timeout=timedelta(days=30)),  # people take their time
     ]
     mixed = "fp16" if precision == "fp16" else "no"
-    return Accelerator(cpu=device == "cpu", mixed_precision=mixed, kwargs_handlers=handlers)
+    found = Accelerator(cpu=device == "cpu", mixed_precision=mixed, kwargs_handlers=handlers)
+    for name in WORLD_SIZES:
+        size = os.environ.get(name, "1")
+        if size not in ("1", str(found.num_processes)):
+            remedy = f"on CPUs use torchrun and --device cpu, else unset {name}"
+            raise ValueError(
+                f"{name} is {size}, but this is 1 process of {found.num_processes}: {remedy}"
+            )
+    return found
 
 
 class RunningAverage:

@@ -125,3 +125,18 @@ def test_a_device_that_is_not_there_is_refused(monkeypatch, capsys, flags, messa
 def test_a_run_goes_on_on_another_device(tiny, scorers, tmp_path, no_figures):
     out = run(tiny, tmp_path / "run", f"{scorers}:brightness", "--epochs 1 --device cpu")
     sd_demo.main(["--resume", str(out), "--epochs", "2"])
+
+
+@pytest.mark.parametrize("name", ["WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"])
+@pytest.mark.parametrize("size", ["2", "junk"])
+def test_processes_that_do_not_find_each_other_are_refused(
+    tiny, tmp_path, monkeypatch, capsys, name, size
+):
+    monkeypatch.setenv(name, size)
+    with pytest.raises(SystemExit) as stop:
+        run(tiny, tmp_path / "run", "compressibility")
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and f"{name} is {size}, but this is 1 process of 1: " in error
+    assert "torchrun and --device cpu" in error and not (tmp_path / "run").exists()
+    monkeypatch.setenv(name, "1")
+    sd_demo.main(["--objective", "compressibility", "--model", str(tiny), "--dry-run"])
