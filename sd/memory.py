@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
@@ -220,5 +220,5 @@ def open_image(file: Path, size: tuple[int, int]) -> Image.Image:
     try:
         with Image.open(file) as image:
             return ImageOps.fit(ImageOps.exif_transpose(image).convert("RGB"), size)
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+    except Exception as error:  # Pillow's decoders raise many kinds
         raise LabelError(f"{file} is no image that can be read ({error}): take it out") from error

@@ -318,7 +318,7 @@ def check_saved(folder: Path, saved: dict) -> None:
     """Raise ValueError for settings of a run that the command line would not give."""
 
     def refuse(message: str):
-        raise ValueError(f"{folder / 'config.json'} has a flaw ({message}): mend it")
+        raise ValueError(f"{folder / 'config.json'} has a flaw ({message:.200}): mend it")
 
     parser, defaults = build_parser()
     parser.error = refuse
