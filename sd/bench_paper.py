@@ -36,6 +36,7 @@ from sd.scorers import compressibility, incompressibility
 from toy.emoji_sd import classifier
 
 RESULTS = run_folder.ROOT / "sd" / "results"
+FIGURES = {"incompressibility": "paper_fig3.png", "tags": "paper_fig4.png"}
 MARK = "<!-- python -m sd.bench_paper writes what is between these two lines -->\n"
 CLASSIFIER = "toy/emoji_sd/classifier.py"
 SEEN, UNSEEN = (f"sd/results/prompts/{name}.txt" for name in ("seen_36", "unseen_9"))
@@ -378,6 +379,8 @@ def page(content: dict) -> str:
     for name, panel in PANELS.items():
         runs, sweep = content[name]["runs"], content[name]["sweep"]
         parts.append(f"\n## {panel.source}: {name}\n")
+        if name in FIGURES and any(runs.values()):
+            parts.append(f"\n![Mean and standard deviation of the seeds]({FIGURES[name]})\n")
         parts.append(tags_table(runs) if name == "tags" else quality_table(name, runs))
         parts.append(f"The sweep, seed {SWEEP_SEED}:\n{sweep_table(name, sweep)}" if sweep else "")
     return "".join(parts)
@@ -407,7 +410,7 @@ def draw(content: dict, folder: Path) -> None:
         axes[1, column].set(xlabel="images sampled", ylabel="animals right (judge)", ylim=(0, 1.02))
         if axes[1, column].lines:
             axes[1, column].legend(fontsize=7)
-    figure.savefig(folder / "paper_fig3.png", dpi=110)
+    figure.savefig(folder / FIGURES["incompressibility"], dpi=110)
 
     figure = Figure(figsize=(6, 4), layout="constrained")
     axis = figure.subplots()
@@ -418,7 +421,7 @@ def draw(content: dict, folder: Path) -> None:
     axis.set_ylim(bottom=0)
     if axis.lines:
         axis.legend(fontsize=8)
-    figure.savefig(folder / "paper_fig4.png", dpi=110)
+    figure.savefig(folder / FIGURES["tags"], dpi=110)
 
 
 def collect(found: dict[Job, dict]) -> dict:
@@ -444,7 +447,8 @@ def write(content: dict, folder: Path) -> None:
     """The numbers, the tables of the page, and the figures."""
     run_folder.save_json(folder / "paper.json", content)
     write_between(folder / "paper.md", MARK, page(content))
-    draw(content, folder)
+    if any(panel["runs"] for panel in content.values()):
+        draw(content, folder)
 
 
 def sweep_jobs(panel: str, quick: bool) -> list[Job]:

@@ -92,8 +92,8 @@ def test_the_committed_page_has_the_committed_numbers():
     content = json.loads((bench_paper.RESULTS / "paper.json").read_text())
     page = (bench_paper.RESULTS / "paper.md").read_text()
     assert page.split(bench_paper.MARK)[1] == bench_paper.page(content)
-    for figure in ("paper_fig3.png", "paper_fig4.png"):
-        assert f"({figure})" in page and (bench_paper.RESULTS / figure).exists()
+    for figure in bench_paper.FIGURES.values():
+        assert (f"({figure})" in page) == (bench_paper.RESULTS / figure).exists()
 
 
 @pytest.mark.slow
