@@ -1,5 +1,6 @@
 """Files that a kill in the middle of a write leaves as they were."""
 
+import errno
 import json
 import os
 from pathlib import Path
@@ -15,9 +16,12 @@ def write_json(path: Path, content: dict) -> None:
 
 
 def write_tensors(path: Path, content: dict) -> None:
-    """Replace a file by tensors, as torch.save stores them."""
+    """Replace a file by tensors, as torch.save stores them. Raises OSError."""
     part = path.with_name(f"{path.name}.part")
-    torch.save(content, part)
+    try:
+        torch.save(content, part)
+    except RuntimeError as error:  # torch's, for a disk that is full
+        raise OSError(errno.EIO, "is the disk full?", str(path)) from error
     os.replace(part, path)
 
 

@@ -174,6 +174,14 @@ def git_revision() -> str | None:
 
 
 def main(argv: list[str] | None = None) -> None:
+    try:
+        run(argv)
+    except OSError as error:
+        file, reason = error.filename or "A file of the run", error.strerror or error
+        sys.exit(f"{file} cannot be written ({reason}): make room for it, and start again")
+
+
+def run(argv: list[str] | None) -> None:
     start = time.perf_counter()
     parser, args = parse(argv)
     out = args.out

@@ -36,6 +36,15 @@ def test_a_failure_while_writing_leaves_the_old_file(tmp_path, monkeypatch):
     assert torch.load(tmp_path / "a.pt") == {"n": torch.tensor(1)}
 
 
+def test_a_full_disk_is_an_oserror_of_torch_too(tmp_path, monkeypatch):
+    def disk_full(content, path):
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0")
+
+    monkeypatch.setattr(torch, "save", disk_full)
+    with pytest.raises(OSError, match="is the disk full"):
+        write_tensors(tmp_path / "a.pt", {})
+
+
 def test_rows_are_appended_one_a_line_and_on_disk_at_once(tmp_path):
     path = tmp_path / "rows.jsonl"
     append_lines(path, [{"n": 1}, {"n": 2}])
