@@ -15,7 +15,8 @@ from sd.labels import has_preference, pareto_preference
 
 TIED_EPOCHS = 3  # in a row in which no label says which image is better, after which a run stops
 KL_LIMIT = 30  # nats in the steps trained, about where the emoji model loses its animals
-MANY_LABELS, FEW_EPOCHS = 100, 5  # after which accuracy should be above chance, in their mean
+# After these the accuracy should be above chance, in the mean over the epochs, or the win rate be
+MANY_LABELS, MANY_EPOCHS, GOOD_WIN_RATE = 100, 10, 0.6
 WATCHED_FALL = 0.1  # of the watched score's size
 
 
@@ -241,8 +242,10 @@ def warnings(row: dict, initial: dict, earlier: list[dict]) -> list[str]:
         found.append("winners lose probability too; try a larger --beta or a smaller --lr")
     if max(row["kl_trained"] or 0, row["eval_kl"] or 0) > KL_LIMIT:
         found.append(f"KL to the initial model above {KL_LIMIT} nats; look at progress.png")
-    recent = [r["accuracy"] for r in [*earlier, row][-FEW_EPOCHS:] if r["accuracy"] is not None]
-    at_chance = len(recent) == FEW_EPOCHS and sum(recent) <= FEW_EPOCHS / 2
+    recent = [*earlier, row][-MANY_EPOCHS:]
+    accuracies = [r["accuracy"] for r in recent if r["accuracy"] is not None]
+    wins = any((r["eval_win_rate"] or 0) > GOOD_WIN_RATE for r in recent)
+    at_chance = len(accuracies) == MANY_EPOCHS and fmean(accuracies) <= 0.5 and not wins
     if at_chance and row["labels"] >= MANY_LABELS:
         found.append(
             f"accuracy at chance after {row['labels']} labels: nothing is learned from them; try "

@@ -258,19 +258,27 @@ def test_rows_of_an_earlier_version_do_not_end_a_run(tmp_path):
     assert metrics.nothing_to_learn(tmp_path) is None
 
 
-@pytest.mark.parametrize(
-    "accuracy, labels, epochs, warns",
-    [(0.5, 100, 5, True), (0.45, 900, 9, True), (0.52, 900, 5, False), (0.5, 99, 5, False)],
-)
-def test_accuracy_at_chance_after_many_labels_is_a_warning(accuracy, labels, epochs, warns):
+CHANCE = [  # accuracy, labels, epochs, last win rate, warns
+    (0.5, 100, 10, None, True),
+    (0.45, 900, 30, 0.55, True),
+    (0.45, 900, 30, 0.7, False),
+    (0.52, 900, 10, None, False),
+    (0.45, 99, 10, None, False),
+    (0.45, 900, 9, None, False),
+]
+
+
+@pytest.mark.parametrize("accuracy, labels, epochs, won, warns", CHANCE)
+def test_accuracy_at_chance_after_many_labels_is_a_warning(accuracy, labels, epochs, won, warns):
     rows = [
         ROW | {"accuracy": accuracy + 0.01 * (-1) ** n, "labels": labels} for n in range(epochs)
     ]
-    rows[0] |= {"accuracy": None} if epochs > 5 else {"accuracy": accuracy - 0.05}
+    rows[-3]["eval_win_rate"] = won
     (*earlier, row) = rows
     found = told(row, *earlier)["warnings"]
     assert any("accuracy at chance" in warning for warning in found) == warns
-    assert not told(row, *earlier[:3])["warnings"]  # few epochs say little
+    rows[-2]["accuracy"] = None  # an epoch of ties
+    assert not told(row, *earlier)["warnings"]
 
 
 def test_a_fall_is_measured_on_a_score_of_either_sign():
