@@ -48,7 +48,7 @@ def train(run: Run, epochs_done: int, bar: tqdm) -> None:
     if accelerator.is_main_process:
         initial_eval = evaluate_initial(run.feedback, run.model)
     epochs_given, last_epoch = options.epochs_given(args), options.last_epoch(args)
-    last_overflows = []
+    last_overflows, problem = [], None
 
     for epoch in range(epochs_done + 1, last_epoch + 1):  # line 2
         run.optimizer.param_groups[0]["lr"] = options.learning_rate(args, epoch)
@@ -94,7 +94,7 @@ def train(run: Run, epochs_done: int, bar: tqdm) -> None:
         # Evaluate, log, save
         losses, log_ratios = gather_object(losses), gather_object(log_ratios)
         rows = gather_object([label.row for of_batch in labels for label in of_batch])
-        stop, problem = False, None
+        stop = False
         if accelerator.is_main_process:
             eval_result = None
             if epoch in options.eval_epochs(args):

@@ -101,14 +101,16 @@ def pairs_of_group(group: Sequence[int]) -> list[tuple[int, int]]:
 def scores_from_labels(labels: list[Label], cond: Tensor) -> Tensor | None:
     """The score (B,) of each chain of a batch, for methods that see scores.
 
-    None where people gave the labels, or several scorers. cond (B,): of the batch, for its device.
+    None where people gave the labels, or several scorers; the batch's mean for an image without a
+    score, which then is neither good nor bad. cond (B,): of the batch, for its device.
     """
     scores = torch.full(cond.shape, math.nan, device=cond.device)
     for chains, row in labels:
         if row["scores"] is None or isinstance(row["scores"][0], list):
             return None
-        scores[chains] = torch.tensor(row["scores"], device=cond.device)
-    return scores
+        known = [math.nan if score is None else score for score in row["scores"]]
+        scores[chains] = torch.tensor(known, device=cond.device)
+    return scores.where(scores.isfinite(), scores.nanmean().nan_to_num())
 
 
 def answer_field(question: dict) -> str:

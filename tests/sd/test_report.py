@@ -67,14 +67,14 @@ def test_warnings_are_shown_with_their_epochs_and_why_the_run_ended(done, tmp_pa
     config = run_folder.read_json(out / "config.json")
     assert config["stopped"] is None
     run_folder.save_json(out / "config.json", config | {"stopped": "The KL is above --max-kl"})
-    report.write(out, 2, PROMPTS[0], pipeline="StableDiffusionPipeline", flow=False)
+    report.write(out, 2, "code")
     page = (out / "report.html").read_text()
     for line in ("&lt;it&gt; breaks (epoch 1, 2)", "nothing learned (epoch 2)", "The KL is above"):
         assert f"<li>{line}" in page
     assert "<th>warnings" not in page
     run_folder.save_lines(out / "metrics.jsonl", [row | {"warnings": []} for row in rows])
     run_folder.save_json(out / "config.json", config)
-    report.write(out, 2, PROMPTS[0], pipeline="StableDiffusionPipeline", flow=False)
+    report.write(out, 2, "code")
     assert "Warnings" not in (out / "report.html").read_text()
 
 
