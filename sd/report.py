@@ -1,5 +1,6 @@
 """What a run leaves to read: README.md for who gets the LoRA, report.html for who made it."""
 
+import base64
 import html
 from argparse import Namespace
 from pathlib import Path
@@ -16,7 +17,7 @@ STYLE = """<style>
 :root { color-scheme: light dark }
 body { font: 1rem/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
 img { max-width: 100% }
-pre { overflow: auto; background: #8882; padding: 1rem }
+pre { white-space: pre-wrap; overflow-wrap: anywhere; background: #8882; padding: 1rem }
 th { text-align: left; font-weight: normal; padding-right: 2rem }
 </style>"""
 
@@ -61,7 +62,7 @@ def usage(run: Path, prompt: str, *, pipeline: str, flow: bool) -> str:
 
 
 def write(run: Path, epoch: int, code: str) -> None:
-    """README.md, a model card, and report.html, which needs no network, of a run.
+    """README.md, a model card, and report.html, one file that needs no network, of a run.
 
     code: `usage`.
     """
@@ -83,9 +84,11 @@ def write(run: Path, epoch: int, code: str) -> None:
     run_folder.save_text(run / "README.md", "\n\n".join(card) + "\n")
 
     page = [f"<!doctype html><html lang=en><meta charset=utf-8><title>D3PO</title>{STYLE}"]
-    page += [f"<h1>{html.escape(title)}</h1><pre>{html.escape(args.command)}</pre>"]
-    page += [f"<h2>Use it</h2><pre>{html.escape(code)}</pre><p>{note}"]
-    page += [f"<h2>{FIGURES[name]}</h2><img src={name} alt=''>" for name in pictures]
+    page += [f"<main><h1>{html.escape(title)}</h1><pre>{html.escape(args.command)}</pre>"]
+    page += [f"<h2>Use it</h2><pre>{html.escape(code)}</pre><p>{html.escape(note)}"]
+    for name in pictures:
+        image = base64.b64encode((run / name).read_bytes()).decode()
+        page += [f"<h2>{FIGURES[name]}</h2><img src=data:image/png;base64,{image} alt={name}>"]
     stopped = getattr(args, "stopped", None)
     told = {stopped: []} if stopped else {}  # warning: epochs
     for row in rows:
