@@ -1045,3 +1045,52 @@ def test_chromium_layout_fits_without_scrolling(start, tmp_path, kind, K, wide, 
         else:
             tab.get_by_text("Confirm").click()
         assert len(session.finish()) == 1 and tab.problems == []
+
+
+@pytest.mark.slow
+def test_chromium_the_network_goes_and_comes_back(start, tmp_path):
+    session = start(make_questions(tmp_path, N=2))
+    with open_tab(session.server.url) as tab:
+        wait_for_prompt(tab, "a cat")
+        tab.context.set_offline(True)
+        tab.keyboard.press("ArrowLeft")
+        tab.get_by_text("The program does not").wait_for()
+        assert read_rows(tmp_path) == []
+        tab.context.set_offline(False)
+        wait_for_prompt(tab, "a cat")
+        tab.keyboard.press("ArrowLeft")
+        wait_for_prompt(tab, "a dog")
+        assert len(read_rows(tmp_path)) == 1
+
+
+@pytest.mark.slow
+def test_chromium_a_tab_that_is_behind_says_so_and_goes_on(start, tmp_path):
+    session = start(make_questions(tmp_path, N=3))
+    with open_tab(session.server.url) as tab:
+        wait_for_prompt(tab, "a cat")
+        behind = tab.context.new_page()
+        behind.goto(session.server.url)
+        wait_for_prompt(behind, "a cat")
+        tab.keyboard.press("ArrowLeft")
+        wait_for_prompt(tab, "a dog")
+        first = read_rows(tmp_path)
+        behind.keyboard.press("ArrowRight")
+        behind.get_by_text("answered on another page").wait_for()
+        wait_for_prompt(behind, "a dog")
+        assert read_rows(tmp_path) == first and len(first) == 1
+
+
+@pytest.mark.slow
+def test_chromium_marks_more_than_ten_images_and_keeps_the_focus(start, tmp_path):
+    session = start(make_questions(tmp_path, "bad", N=2, K=12))
+    with open_tab(session.server.url) as tab:
+        wait_for_prompt(tab, "a cat")
+        for key in ("1", "2", "5", "1"):  # 12, 5, and 1 as nothing follows
+            tab.keyboard.press(key)
+        for key in ("Tab", "Tab", "Tab", " "):  # the third image by the space bar
+            tab.keyboard.press(key)
+        tab.keyboard.press("Enter")
+        wait_for_prompt(tab, "a dog")
+        assert tab.evaluate("document.activeElement.parentElement.id") == "tiles"
+    row = read_rows(tmp_path)[0]
+    assert [k for k, bad in enumerate(row["bad"], 1) if bad] == [1, 3, 5, 12]
