@@ -306,18 +306,18 @@ def test_helpers_beside_a_file_are_its_own(tmp_path, images):
     assert not {"helper", "late", "package", "plain"} & sys.modules.keys()
 
 
-def test_a_file_may_have_the_name_of_a_library(tmp_path):
-    """And one beside it may not hide what Python itself is made of."""
-    (tmp_path / "wave.py").write_text(
-        "import wave\ndef f(i, p): return [hasattr(wave, 'Error')] * 2"
-    )
+def test_a_file_may_have_the_name_of_a_library(tmp_path, monkeypatch):
+    """Neither it, nor a plain folder beside it, nor a file hides what is Python's own."""
+    for name in ("wave", "colorsys"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    lines = [
+        "import time, wave, colorsys",
+        "N = bool(time.time and wave.Error and colorsys.ONE_SIXTH)",
+    ]
+    (tmp_path / "wave.py").write_text("\n".join([*lines, "def f(images, prompts): return [N, N]"]))
     (tmp_path / "time.py").write_text("raise RuntimeError")
-    (tmp_path / "numpy").mkdir()
-    load_scorers(f"{tmp_path}/wave.py:f", PROMPTS)[0]([Image.new("L", (8, 8))] * 2, PROMPTS)
-    sys.modules.pop("wave", None)
-    import wave
-
-    assert wave.Error
+    (tmp_path / "colorsys").mkdir()
+    load_scorers(f"{tmp_path}/wave.py:f", PROMPTS)
 
 
 SWITCHES = """
