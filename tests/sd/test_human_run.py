@@ -149,7 +149,7 @@ def test_people_who_prefer_nothing_in_three_epochs_end_the_run(
     argv = new_run(tiny, out, f"--objective {objective} --epochs 5 --pairs-per-epoch 2")
     given = itertools.cycle(answers)
     with pytest.raises(SystemExit, match="No label of the epochs 1 to 3 says .*The run stops"):
-        run_with_people(argv, free_port(), lambda *_: next(given))
+        run_with_people(argv, Page(out, free_port()), lambda *_: next(given))
     assert len(read_rows(out)) == 6 and last_metrics(out)["epoch"] == 3
     assert said[0].startswith("No label of the epochs 1 to 3") and lora_of(out)
 
