@@ -262,7 +262,7 @@ def test_a_blind_test_may_stop_early(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(annotate, "FAREWELL_SECONDS", 0)
     monkeypatch.setattr(annotate, "UNDO_SECONDS", 0)
     out = tmp_path / "run"
-    page = Page(out, free_port())
+    page = Page(out / "blind_e001", free_port())
     sd_demo.main(new_run(tiny, out, "--objective compressibility --epochs 1"))
 
     def people():
@@ -283,7 +283,7 @@ def test_a_blind_test_may_stop_early(tiny, tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_a_blind_test_shows_no_name_and_counts_wins(tiny, start, tmp_path):
     out = tmp_path / "run"
-    page = Page(out, free_port())
+    page = Page(out / "blind_e001", free_port())
     sd_demo.main(new_run(tiny, out, "--objective compressibility --epochs 1"))
     blind = ["--evaluate", str(out), "--objective", "human", "--eval-images", "5"]
     seen = []
