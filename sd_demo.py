@@ -135,7 +135,8 @@ def train(run: Run, epochs_done: int, bar: tqdm) -> None:
         stop, problem = broadcast_object_list([stop, problem])
         if stop or problem:
             break
-    run.feedback.close(run.code(), problem)
+    if accelerator.is_main_process:
+        run.feedback.close(run.code(), problem)
     if problem:
         raise LabelError(problem)
 

@@ -38,7 +38,7 @@ from starlette.routing import Route
 from tqdm import tqdm
 
 from sd import labels
-from sd.figures import NUM_FIGURE_IMAGES, held_out_file
+from sd.figures import held_out_file, held_out_numbers
 from sd.run_folder import Stream, generator, read_lines, save_lines
 
 PORTS = range(7860, 7960)  # tried in turn where no port is given
@@ -370,11 +370,7 @@ def read_story(run: Path) -> dict:
     rows = read_lines(run / "metrics.jsonl")
     drawn = [row["epoch"] for row in rows if held_out_file(run, row["epoch"], 0).exists()]
     shown = [
-        [
-            f"held_out/{epoch}/{n}"
-            for n in range(NUM_FIGURE_IMAGES)
-            if held_out_file(run, epoch, n).exists()
-        ]
+        [f"held_out/{epoch}/{n}" for n in held_out_numbers(run, epoch)]
         for epoch in ((0, drawn[-1]) if drawn else ())
     ]
     known = [[row["epoch"], row["accuracy"]] for row in rows if row["accuracy"] is not None]

@@ -1,6 +1,7 @@
 """What the benches share: a command line, a page with a table between two marks, sizes of files."""
 
 import argparse
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from PIL import Image
@@ -25,6 +26,12 @@ def write_between(page: Path, mark: str, content: str) -> None:
     text = page.read_text() if page.exists() else mark + mark
     before, _, after = text.split(mark)
     run_folder.save_text(page, before + mark + content + mark + after)
+
+
+def markdown_table(heads: Collection, rows: Iterable[Iterable]) -> str:
+    """Lines of a table, each with its end."""
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "".join(f"| {' | '.join(map(str, line))} |\n" for line in lines)
 
 
 def size_change(score: float, initial: float) -> float:

@@ -54,7 +54,7 @@ from transformers import CLIPTextModel
 import d3po
 import sd_demo
 from sd import model, options, run_folder
-from sd.bench import make_parser, write_between
+from sd.bench import make_parser, markdown_table, write_between
 from sd.memory import LabelledBatch
 from sd.model import PipelinePolicy
 from sd.pipeline import DTYPES
@@ -575,9 +575,7 @@ def tables(results: dict) -> str:
     """What was found, in Markdown."""
     text = "\n"
     for title, part in results.items():
-        lines = [HEADS, ["---"] * len(HEADS), *map(cells, part["rows"])]
-        text += f"## {title}\n\n"
-        text += "".join(f"| {' | '.join(line)} |\n" for line in lines)
+        text += f"## {title}\n\n{markdown_table(HEADS, map(cells, part['rows']))}"
         text += f"\n{part['versions']}"
         if "seconds" in part["rows"][0]:
             text += f"; {part['rounds']} rounds; load at the start {part['load']:.2f}"

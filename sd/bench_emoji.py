@@ -17,7 +17,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from sd import run_folder
-from sd.bench import make_parser, size_change, write_between
+from sd.bench import make_parser, markdown_table, size_change, write_between
 from sd.options import positive
 from sd.run_folder import LORA_FILE
 
@@ -117,10 +117,9 @@ def cells(name: str, result: dict) -> list[str]:
 
 def table(results: dict) -> str:
     """All runs in Markdown, and their commands."""
-    rows = [HEADS, ["---"] * len(HEADS), *(cells(*item) for item in results.items())]
-    lines = [f"| {' | '.join(row)} |" for row in rows]
+    rows = [cells(*item) for item in results.items()]
     commands = [f"- {name}: `{result['command']}`" for name, result in results.items()]
-    return "\n".join(["", *lines, "", *commands, "", ""])
+    return "\n".join(["", markdown_table(HEADS, rows), *commands, "", ""])
 
 
 def draw_frontier(results: dict, path: Path) -> None:

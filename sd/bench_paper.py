@@ -22,16 +22,15 @@ from unittest import mock
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from safetensors.torch import load_file
 
 import sd_demo
 from sd import options, run_folder
-from sd.bench import make_parser, write_between
+from sd.bench import make_parser, markdown_table, write_between
 from sd.bench_people import TASTES, SimulatedPerson
 from sd.metrics import win_rate
-from sd.model import LORA_FILE, load_model, make_accelerator, sample_held_out
+from sd.model import load_model, make_accelerator, sample_held_out
 from sd.prompts import load_prompts
-from sd.run_folder import Stream
+from sd.run_folder import LORA_FILE, Stream
 from sd.scorers import compressibility, incompressibility
 from toy.emoji_sd import classifier
 
@@ -229,8 +228,7 @@ def judge(panel: Panel, out: Path, *, noises: int) -> list[dict]:
         model = load_model(args, prompts, make_accelerator("fp32"))
         for after in [0, *sorted(kept)]:
             if after:
-                lora = load_file(kept[after] / LORA_FILE)
-                model.load_lora({key.removeprefix("unet."): value for key, value in lora.items()})
+                model.read_lora(kept[after] / LORA_FILE)
             denoiser = model.sampler if after else model.reference
             images, texts, kl = sample_held_out(model, denoiser, args, stream=Stream.EVALUATION)
             second = classifier.log_probability(images, texts, classifier.JUDGE)
@@ -272,9 +270,7 @@ def spread(values: list[float], digits: int = 3) -> str:
 
 
 def table(rows: list[dict]) -> str:
-    lines = [[*rows[0]], ["---"] * len(rows[0]), *([*row.values()] for row in rows)]
-    lines = [f"| {' | '.join(map(str, line))} |" for line in lines]
-    return "\n".join(["", *lines, "", ""])
+    return f"\n{markdown_table(rows[0], [row.values() for row in rows])}\n"
 
 
 def ends(results: list[dict], prompts: str = "animals") -> list[tuple[dict, dict]]:

@@ -22,12 +22,11 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from PIL import Image
-from safetensors.torch import load_file
 from torch import Tensor
 
 import sd_demo
 from sd import options, run_folder
-from sd.bench import make_parser, size_change, write_between
+from sd.bench import make_parser, markdown_table, size_change, write_between
 from sd.feedback import HumanFeedback
 from sd.labels import pareto_preference
 from sd.metrics import win_rate
@@ -261,8 +260,7 @@ def judge(job: Job, out: Path) -> list[dict]:
         if not trained_on or not (kept[trained_on] / LORA_FILE).exists():  # it stopped at once
             rows.append({**rows[0], "labels": labels})
             continue
-        lora = load_file(kept[trained_on] / LORA_FILE)
-        model.load_lora({name.removeprefix("unet."): value for name, value in lora.items()})
+        model.read_lora(kept[trained_on] / LORA_FILE)
         rows.append({"labels": labels, "trained_on": trained_on, **look(model.sampler)})
     return rows
 
@@ -315,8 +313,7 @@ def cells(taste: str, recipe: str, row: dict) -> list[str]:
 
 def table(found: dict[tuple[str, str], list[dict]]) -> str:
     rows = [cells(*key, row) for key, of_one in found.items() for row in of_one]
-    lines = [f"| {' | '.join(row)} |" for row in (HEADS, ["---"] * len(HEADS), *rows)]
-    return "\n".join(["", *lines, "", ""])
+    return f"\n{markdown_table(HEADS, rows)}\n"
 
 
 def draw(found: dict[tuple[str, str], list[dict]], path: Path) -> None:

@@ -20,10 +20,15 @@ def held_out_file(run: Path, epoch: int, number: int) -> Path:
     return run / f"images/held_out_e{epoch:03}_{number}.png"
 
 
+def held_out_numbers(run: Path, epoch: int) -> list[int]:
+    """The images that an evaluation kept."""
+    return [n for n in range(NUM_FIGURE_IMAGES) if held_out_file(run, epoch, n).exists()]
+
+
 def held_out_images(run: Path, epoch: int) -> list[Image.Image]:
     """Those of an evaluation; none where one of them cannot be read."""
-    files = sorted(run.glob(f"images/held_out_e{epoch:03}_*.png"))
-    images = [open_image(file) for file in files]
+    numbers = held_out_numbers(run, epoch)
+    images = [open_image(held_out_file(run, epoch, n)) for n in numbers]
     return [] if None in images else images
 
 

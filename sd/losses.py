@@ -47,18 +47,20 @@ def baseline(
     return losses
 
 
+def anchored(known: str, strength: str = "beta") -> Callable[..., dict]:
+    """Settings of a baseline with a reference; known: what it sees, "pairs" or "scores"."""
+
+    def settings(model: Model, batch, args: Namespace) -> dict:
+        return {known: getattr(batch, known), "reference": model.reference, strength: args.beta}
+
+    return settings
+
+
 LOSSES = {
     "eq14": of_pairs(d3po.d3po_losses),
     "eq12": of_pairs(d3po.d3po_losses),  # on the first step alone
     "chain": of_pairs(d3po.chain_dpo_losses),
-    "sft": baseline(
-        baselines.preferred_losses,
-        lambda model, batch, args: {
-            "pairs": batch.pairs,
-            "reference": model.reference,
-            "kl_weight": args.beta,
-        },
-    ),
+    "sft": baseline(baselines.preferred_losses, anchored("pairs", "kl_weight")),
     "reward-weighted": baseline(
         baselines.reward_weighted_losses,
         lambda model, batch, args: {"scores": batch.scores, "temperature": args.beta},
@@ -68,21 +70,6 @@ LOSSES = {
         lambda model, batch, args: {"scores": batch.scores, "clip": args.clip},
         noise=False,
     ),
-    "dpok": baseline(
-        baselines.dpok_losses,
-        lambda model, batch, args: {
-            "scores": batch.scores,
-            "reference": model.reference,
-            "beta": args.beta,
-        },
-        noise=False,
-    ),
-    "diffusion-dpo": baseline(
-        baselines.diffusion_dpo_losses,
-        lambda model, batch, args: {
-            "pairs": batch.pairs,
-            "reference": model.reference,
-            "beta": args.beta,
-        },
-    ),
+    "dpok": baseline(baselines.dpok_losses, anchored("scores"), noise=False),
+    "diffusion-dpo": baseline(baselines.diffusion_dpo_losses, anchored("pairs")),
 }
