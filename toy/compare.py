@@ -2,9 +2,10 @@
 
     python -m toy.compare            # the committed numbers: 15 to 25 minutes on two cores; resumes
     python -m toy.compare --quick    # the same path with tiny budgets
+    python -m toy.compare --methods "Eq. 12"    # this row anew; the others stay as they stand
 
 Each method's step size and hyperparameter are chosen by one declared sweep on one seed; then it
-runs on five other seeds. All see equal numbers of sampled chains. --out gets compare.json,
+runs on five other seeds. All see equal numbers of labelled chains. --out gets compare.json,
 the table of the page compare.md between its two marks, and three figures.
 """
 
@@ -14,6 +15,7 @@ import json
 import math
 import multiprocessing
 import os
+import time
 from collections.abc import Callable, Iterator
 from functools import cache, partial
 from pathlib import Path
@@ -30,6 +32,7 @@ from toy.align import PreferenceBatch, UpdateEvery, align, pair_loss
 from toy.ddpm import MLP, Adapter, data_variance, pretrain
 from toy.files import write_json, write_tables, write_tensors
 from toy.measure import measure, sample
+from toy.reward_model import RewardModelDPOK
 from toy.worlds import ALPHA_BARS, MIXTURES, SCORES
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -43,7 +46,8 @@ CLIP = 0.1  # the released code's
 class Method(NamedTuple):
     """How one line of the comparison trains."""
 
-    losses: Callable[..., Iterator[Tensor]]  # (policy, schedule, batch, *, reference, value)
+    # (policy, schedule, batch, *, reference, value); a class is made anew for each run
+    losses: Callable[..., Iterator[Tensor]]
     update_every: UpdateEvery
     hyperparameter: str  # what value is
     values: tuple[float, ...]  # those of the sweep
@@ -109,6 +113,9 @@ METHODS = {
     "Eq. 14, released clamp": eq14_clamped(),
     "Eq. 12": eq12(),
     "Eq. 12, reference previous": eq12(reference="previous"),
+    "reward model, then DPOK": Method(
+        RewardModelDPOK, "trajectory", "beta", values=BETAS, replay=7
+    ),
     "Diffusion-DPO": Method(diffusion_dpo, "timestep", "beta", values=(1.0, 10.0, 100.0, 1000.0)),
     "preferred samples (SFT)": Method(
         preferred, "timestep", "KL weight", values=(0.0, 0.1, 0.3, 1.0)
@@ -143,6 +150,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--num-steps", type=int, default=20, help="T, denoising steps")
     parser.add_argument("--epochs", type=int, default=100, help="of every run")
     parser.add_argument("--pairs", type=int, default=128, help="pairs, so labels, an epoch")
+    parser.add_argument(
+        "--methods", nargs="+", choices=METHODS, help="these alone; other rows stay as they stand"
+    )
     args = parse_budget(parser, argv)
     if args.epochs < 1:
         parser.error(f"--epochs {args.epochs}: give 1 or more")
@@ -219,8 +229,12 @@ def main(argv: list[str] | None = None) -> None:
         "pretrain_steps": args.pretrain_steps,
         "average": True,
     }
+    names, earlier = args.methods or list(METHODS), {}
+    if args.methods and (args.out / "compare.json").exists():
+        stored = json.loads((args.out / "compare.json").read_text())
+        earlier = stored["methods"] if stored["settings"] == settings else {}
     print(
-        f"{len(METHODS)} methods on the {args.mixture}, preference {args.preference}, "
+        f"{len(names)} methods on the {args.mixture}, preference {args.preference}, "
         f"beta {args.beta:g}: {args.epochs * args.pairs:,} labels each.\n"
         f"Single runs are kept in {args.work}, the results in {args.out}."
     )
@@ -228,10 +242,10 @@ def main(argv: list[str] | None = None) -> None:
     # References, sweep, and the chosen settings on the other seeds
     seeds = SEEDS[:1] if args.quick else SEEDS
     run_all(prepare, [(seed, settings) for seed in (SWEEP_SEED, *seeds)], args, title="references")
-    grid = sweep_jobs(settings, args.quick)
+    grid = sweep_jobs(settings, names, quick=args.quick)
     sweep = with_results(grid, run_all(train, grid, args, title="sweep"))
     finals = []
-    for name in METHODS:
+    for name in names:
         best = max((row for row in sweep if row["method"] == name), key=final_share)
         job = Job(name, best["lr"], best["hyperparameter"], seed=0, settings=settings)
         finals += [job._replace(seed=seed) for seed in seeds]
@@ -252,15 +266,14 @@ def main(argv: list[str] | None = None) -> None:
         "sweep_seed": SWEEP_SEED,
         "seeds": seeds,
         "frontier": [{"beta": beta, **best.numbers()} for beta, best in exact.items()],
-        "methods": {
-            name: summary(
-                METHODS[name],
-                [row for row in rows if row["method"] == name],
-                [row for row in sweep if row["method"] == name],
-            )
-            for name in METHODS
-        },
+        "methods": {},
     }
+    for name, method in METHODS.items():
+        if name in names:
+            own = ([row for row in found if row["method"] == name] for found in (rows, sweep))
+            result["methods"][name] = summary(method, *own)
+        elif name in earlier:
+            result["methods"][name] = earlier[name]
     write_json(args.out / "compare.json", rounded(result))
     write_tables(args.out / "compare.md", MARK, [table(result)])
     print(table(result))
@@ -275,20 +288,20 @@ def main(argv: list[str] | None = None) -> None:
         x_T=torch.randn(500, 2, generator=generator),
         generator=generator,
     )
-    points = {name: next(r["points"] for r in rows if r["method"] == name) for name in METHODS}
+    points = {name: next(r["points"] for r in rows if r["method"] == name) for name in names}
     points["exact optimum"] = x[-1].tolist()
-    for path in plots.draw_comparison(result, points, args.out):
+    for path in plots.draw_comparison(result, None if earlier else points, args.out):
         print(path)
 
 
-def sweep_jobs(settings: dict, quick: bool) -> list[Job]:
+def sweep_jobs(settings: dict, names: list[str], *, quick: bool) -> list[Job]:
     """Every step size with every hyperparameter of every method; with quick the second of each."""
     chosen = slice(1, 2) if quick else slice(None)
     return [
         Job(name, lr, value, seed=SWEEP_SEED, settings=settings)
-        for name, method in METHODS.items()
-        for lr in STEP_SIZES[method.update_every][chosen]
-        for value in method.values[chosen]
+        for name in names
+        for lr in STEP_SIZES[METHODS[name].update_every][chosen]
+        for value in METHODS[name].values[chosen]
     ]
 
 
@@ -361,10 +374,11 @@ def train(job: Job, work: Path) -> dict:
         share = optimum.attained_share(now.j, SimpleNamespace(**exact))
         return x[-1], {"share": share, **now._asdict()}
 
+    losses = method.losses() if isinstance(method.losses, type) else method.losses
     training = align(
         policy,
         schedule,
-        partial(method.losses, reference=reference, value=job.hyperparameter),
+        partial(losses, reference=reference, value=job.hyperparameter),
         reference=reference if method.reference == "initial" else "previous",
         score=score,
         label=d3po.bradley_terry,
@@ -378,17 +392,21 @@ def train(job: Job, work: Path) -> dict:
     )
     in_sweep = job.seed == SWEEP_SEED
     result = {"curve": [], "points": []}
+    seconds, started = 0.0, time.perf_counter()
     try:
         for number, epoch in enumerate(training, 1):
+            seconds += time.perf_counter() - started
             if number == settings["epochs"] or number % 5 == 0 and not in_sweep:
                 _, now = measured(1000, seed=7 + job.seed % SWEEP_SEED)
                 result["curve"].append({"labels": epoch.labels, **now})
+            started = time.perf_counter()
         if not in_sweep:
             points, result["final"] = measured(10_000, seed=1000 + job.seed)
             result["points"] = points[:500].tolist()
             write_tensors(cache_path(work, "policy", job), policy.state_dict())
     except FloatingPointError as error:
         result["failed"] = str(error)
+    result["seconds"] = {"training": seconds, "reward_model": getattr(losses, "seconds", 0.0)}
     result = rounded(result)
     write_json(path, result)
     return result
@@ -416,6 +434,7 @@ def summary(method: Method, rows: list[dict], sweep: list[dict]) -> dict:
         "labels_to_0.9": reached[0] if reached else None,
         "final": mean_and_std([row["final"] for row in finished]),
         "curve": curve,
+        "seconds": mean_and_std([row["seconds"] for row in finished if "seconds" in row]),
         "sweep": [sweep_row(row) for row in sweep],
     }
 

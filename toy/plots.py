@@ -110,8 +110,11 @@ def _draw_curves(axes, rows: list[dict], config: dict) -> None:
     loss.legend(fontsize=8, loc="upper right")
 
 
-def draw_comparison(result: dict, points: dict[str, list], out: Path) -> list[Path]:
-    """Draw what toy/compare.py found: score against samples and against KL, and final points."""
+def draw_comparison(result: dict, points: dict[str, list] | None, out: Path) -> list[Path]:
+    """Draw what toy/compare.py found: score against samples and against KL, and final points.
+
+    points: of every method; without them their figure stays as it is.
+    """
     lines = [
         (line, colour) for line in ("-", "--", ":") for colour in colormaps["tab10"].colors[:5]
     ]
@@ -119,8 +122,9 @@ def draw_comparison(result: dict, points: dict[str, list], out: Path) -> list[Pa
     figures = {
         "compare_score": _score_figure(result, styles),
         "compare_frontier": _frontier_figure(result, styles),
-        "compare_samples": _samples_figure(result, points),
     }
+    if points:
+        figures["compare_samples"] = _samples_figure(result, points)
     paths = []
     for name, figure in figures.items():
         paths.append(out / f"{name}.png")

@@ -13,8 +13,8 @@ from toy.compare import METHODS, RESULTS
 def test_quick_leaves_numbers_table_and_figures_and_a_second_start_repeats_no_run(
     tmp_path, monkeypatch
 ):
-    """One method that knows labels, one that knows scores; other processes, then none."""
-    names = ("whole chain, bridged pairs", "DPOK")
+    """One method that knows labels, one that knows scores; other processes, none, one method."""
+    names = ("reward model, then DPOK", "DPOK")
     monkeypatch.setattr(compare, "METHODS", {name: METHODS[name] for name in names})
     compare.main(["--quick", "--processes", "2", "--work", str(tmp_path)])
     result = json.loads((tmp_path / "compare.json").read_text())
@@ -34,6 +34,15 @@ def test_quick_leaves_numbers_table_and_figures_and_a_second_start_repeats_no_ru
     compare.main(["--quick", "--processes", "1", "--work", str(tmp_path)])
     assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("r*_*")} == times
     assert [path.read_bytes() for path in files] == first
+
+    kept = result["methods"]["DPOK"] | {"lr": 7.0}  # as if from elsewhere
+    result["methods"]["DPOK"] = kept
+    (tmp_path / "compare.json").write_text(json.dumps(result))
+    argv = ["--quick", "--processes", "1", "--work", str(tmp_path), "--methods", names[0]]
+    compare.main(argv)
+    again = json.loads((tmp_path / "compare.json").read_text())["methods"]
+    assert again == result["methods"] and list(again) == list(names)
+    assert (tmp_path / "compare_samples.png").read_bytes() == first[2]  # of all methods, as it was
 
 
 @pytest.mark.parametrize(
