@@ -303,7 +303,11 @@ def quality_table(name: str, runs: dict[str, list[dict]]) -> str:
                 means[label] = np.mean([row["score"] for row in after])
         row = {"method": label, "seeds": len(found), **dict(zip(heads, cells, strict=True))}
         rows.append(row | ({"preferred": picked.get(method, "")} if panel.compared else {}))
-    said = f"Best with {KEPT:.0%} of the animals: {max(means, key=means.get)}.\n" if means else ""
+    said = (
+        f"Best with {KEPT:.0%} of the animals: {max(means, key=means.get)}.\n"
+        if len(panel.methods) > 1 and means
+        else ""
+    )
     none = f"No fine-tuning is preferred in {picked['none']}.\n" if picked else ""
     return table(rows) + said + none
 
