@@ -159,6 +159,22 @@ def test_metrics_of_a_batch_are_of_the_policy_before_it_trains_on_it(tiny, refer
     assert found.chains == pytest.approx(log_ratio.sum(0).tolist(), rel=1e-3, abs=1e-3)
 
 
+def test_accuracy_and_kl_are_of_all_new_pairs_and_chains(
+    tiny, scorers, tmp_path, monkeypatch, no_figures
+):
+    seen, pairs, kl = [], metrics.preference_metrics, metrics.kl
+
+    def watch(batches):
+        seen.append([len(batch.winners) + len(batch.chains) for batch in batches])
+        return batches
+
+    monkeypatch.setattr(metrics, "preference_metrics", lambda all, beta: pairs(watch(all), beta))
+    monkeypatch.setattr(metrics, "kl", lambda all: kl(watch(all)))
+    run(tiny, tmp_path / "run", f"{scorers}:brightness", "--batch-size 1 --replay 2")
+    both = [1 + 2, 1 + 2]  # a pair and two chains of each new batch, and nothing of earlier ones
+    assert seen == [[], both, both, both]
+
+
 def test_without_pairs_nothing_is_trained(tiny):
     loaded = Loaded(tiny)
     before = loaded.lora()
