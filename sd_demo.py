@@ -294,6 +294,8 @@ def start(parser: ArgumentParser, args: Namespace, lock: run_folder.Lock) -> Non
         trained = (args.out / "lora" / run_folder.LORA_FILE).exists()
         kept = "keeps the model of the last good epoch" if trained else "has no model yet"
         sys.exit(f"{error}. The run stops; {args.out} {kept}.")
+    finally:
+        bar.close()
 
 
 if __name__ == "__main__":
