@@ -325,6 +325,9 @@ def test_an_image_that_cannot_be_read_is_named_and_nothing_is_written(
     assert not (tmp_path / "run").exists()
     with pytest.raises(LabelError, match="no image that can be read"):
         memory.open_image(label_file, (8, 8))
+    label_file.write_bytes(b"F\0\1\1\0\0\1\0\1\0\0\xff\xdb\0C\0\x08\6" + bytes(400))
+    with pytest.raises(LabelError, match="no image that can be read .unknown raw mode"):
+        memory.open_image(label_file, (8, 8))  # as another kind of file, it is worse
 
 
 def test_the_labels_of_a_run_are_a_file_for_the_next(tiny, scorers, tmp_path, no_figures):
