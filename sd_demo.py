@@ -236,9 +236,8 @@ def start(parser: ArgumentParser, args: Namespace, lock: run_folder.Lock) -> Non
         given = Given(args, accelerator)
         prompts = given.prompts if args.prompts is None else load_prompts(args.prompts)
         eval_prompts = load_prompts(args.eval_prompts) if args.eval_prompts else prompts
-        known = set(prompts)
-        others = dict.fromkeys([*given.prompts, *eval_prompts])
-        numbered = [*prompts, *(text for text in others if text not in known)]
+        others = {*given.prompts, *eval_prompts} - {*prompts}
+        numbered = [*prompts, *sorted(others)]
         names = {"numbered": numbered, "eval_prompts": eval_prompts}
         model = load_model(args, prompts, accelerator, on_call=bar.update, **names)
         feedback = (HumanFeedback if people else ScorerFeedback)(args, prompts, accelerator)
@@ -270,8 +269,7 @@ def start(parser: ArgumentParser, args: Namespace, lock: run_folder.Lock) -> Non
         if not args.evaluate:
             run.memory.load(epochs_done, given=groups)
     except (ValueError, FloatingPointError, OSError) as error:
-        message = run_folder.describe(error)
-        parser.error(" ".join(message.split()))  # some libraries' errors have many lines
+        parser.error(" ".join(run_folder.describe(error).split()))  # some have many lines
     bar.total = options.calls_to_go(args, plan, epochs_done)
     again = f"python sd_demo.py {'--evaluate' if args.evaluate else '--resume'} {args.out}"
     try:
@@ -284,7 +282,7 @@ def start(parser: ArgumentParser, args: Namespace, lock: run_folder.Lock) -> Non
         elif is_main:
             bar.total = 2 * plan.calls_eval
             with run.average.applied():
-                compare_with_initial(feedback, model, epochs_done)
+                compare_with_initial(feedback, model, epochs_done, run.code())
             run.write_report(epochs_done)
     except KeyboardInterrupt:
         sys.exit(f"Stopped. Go on with: {again}")

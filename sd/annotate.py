@@ -39,7 +39,7 @@ from tqdm import tqdm
 
 from sd import labels
 from sd.figures import held_out_file, held_out_numbers
-from sd.run_folder import Stream, generator, read_lines, save_lines
+from sd.run_folder import Stream, generator, read_lines, replace, save_lines
 
 PORTS = range(7860, 7960)  # tried in turn where no port is given
 MAX_REQUEST_BYTES = 10_000  # far more than an answer needs
@@ -72,7 +72,8 @@ class AnnotationServer:
 
     run: the folder with labels.jsonl and images/. annotators: answers that each question needs,
     from as many people. seed: of left and right. port: None for the first free one from 7860.
-    guide: what the page asks; None for its own words. `finished`: somebody wants the run to end.
+    guide: what the page asks; None for its own words. story: the run whose images before and after
+    training the page shows, where it is another folder. `finished`: somebody wants the run to end.
     """
 
     def __init__(
@@ -82,8 +83,10 @@ class AnnotationServer:
         seed: int,
         port: int | None = None,
         guide: str | None = None,
+        story: Path | None = None,
     ):
         self.run, self.annotators, self.seed, self.port = run, annotators, seed, port
+        self.story = story or run
         self.file, self.url, self.kappa = run / "labels.jsonl", None, math.nan
         self.guide, self.finished, self._progress = guide, False, {}
         self._story, self._code = {}, None
@@ -129,7 +132,7 @@ class AnnotationServer:
     def status(self, text: str) -> None:
         """What the page says while it has no question, beside what the run has shown so far."""
         with self._changed:
-            self._status, self._story = text, read_story(self.run)
+            self._status, self._story = text, read_story(self.story)
 
     def close(self, farewell: str = FAREWELL, code: str | None = None) -> None:
         """Tell open pages how the run has ended, with code that uses it, and serve no more."""
@@ -236,7 +239,7 @@ class AnnotationServer:
         return image_response(files.get(request.path_params["k"]))
 
     async def _get_held_out(self, request: Request):
-        return image_response(held_out_file(self.run, **request.path_params))
+        return image_response(held_out_file(self.story, **request.path_params))
 
     async def _post_answer(self, request: Request):
         """Keep an answer: it is on disk when the reply goes out."""
@@ -356,8 +359,7 @@ class GuardMiddleware:
 def read_token(file: Path) -> str:
     """The secret part of the page's address, made once a run. Only the user may read the file."""
     if not file.exists():
-        with open(os.open(file, os.O_CREAT | os.O_WRONLY, 0o600), "w") as opened:
-            opened.write(secrets.token_urlsafe(16))
+        replace(file, lambda part: part.write_text(secrets.token_urlsafe(16)), mode=0o600)
     return file.read_text()
 
 

@@ -184,8 +184,13 @@ class HumanFeedback(ScorerFeedback):
     def close(self, code: str, reason: str | None) -> None:
         if self.server:
             out = self.args.out
-            where = f"The LoRA is in {out / 'lora'}; the report is {out / 'report.html'}."
-            self.server.close(f"{f'{reason}.' if reason else FAREWELL} {where}", code)
+            text = f"{f'{reason}.' if reason else FAREWELL} {where_it_is(out)}"
+            evaluate = f"python sd_demo.py --evaluate {out}"
+            self.server.close(f"{text} Is it better? A blind test: {evaluate}", code)
+
+
+def where_it_is(run: Path) -> str:
+    return f"The LoRA is in {run / 'lora'}; the report is {run / 'report.html'}."
 
 
 def number(score: float) -> float | None:
@@ -245,11 +250,12 @@ def evaluate_initial(feedback: ScorerFeedback, model: Model) -> EvalResult:
     return result
 
 
-def compare_with_initial(feedback: ScorerFeedback, model: Model, epoch: int) -> None:
+def compare_with_initial(feedback: ScorerFeedback, model: Model, epoch: int, code: str) -> None:
     """--evaluate: tuned against initial model on noises that no training saw.
 
     By the scorers, or blind by people; RUN/evaluation.json and .png keep what came out. Beside it
-    what they are at the pipeline's own settings, where most people will use the LoRA.
+    what they are at the pipeline's own settings, where most people will use the LoRA, as `code`
+    does.
     """
     args = feedback.args
     initial, tuned = (
@@ -257,7 +263,7 @@ def compare_with_initial(feedback: ScorerFeedback, model: Model, epoch: int) -> 
         for denoiser in (model.reference, model.sampler)
     )
     if isinstance(feedback, HumanFeedback):
-        result = blind_test(feedback, tuned, initial, epoch=epoch)
+        result = blind_test(feedback, tuned, initial, epoch=epoch, code=code)
     else:
         result = win_rate_vs_reference(tuned, initial)
     stock_initial, stock_tuned = (
@@ -276,7 +282,7 @@ def compare_with_initial(feedback: ScorerFeedback, model: Model, epoch: int) -> 
 
 
 def blind_test(
-    feedback: HumanFeedback, tuned: EvalResult, initial: EvalResult, *, epoch: int
+    feedback: HumanFeedback, tuned: EvalResult, initial: EvalResult, *, epoch: int, code: str
 ) -> dict:
     """People compare tuned and initial model without knowing which is which (Fig. 7).
 
@@ -295,7 +301,7 @@ def blind_test(
             {"epoch": epoch, "prompt": prompt, "images": files, "scores": None, "h": None}
         )
     server = AnnotationServer(
-        folder, args.annotators, args.seed, port=args.port, guide=args.question
+        folder, args.annotators, args.seed, port=args.port, guide=args.question, story=args.out
     )
     rows = server.ask(questions)
     answers = read_labels(server.file, questions).values()
@@ -308,7 +314,8 @@ def blind_test(
     low, high = result["win_rate_interval"]
     server.close(
         f"Thank you. The tuned model's image was better in {result['win_rate']:.0%} of {len(h)}, "
-        f"ties half (95 % interval {low:.0%} to {high:.0%})."
+        f"ties half (95 % interval {low:.0%} to {high:.0%}). {where_it_is(args.out)}",
+        code,
     )
     majorities = [2 * of_one.count(1) > len(of_one) for of_one in votes if of_one]
     return {

@@ -369,7 +369,8 @@ def sample_stock(
     """
     pipe, own = model.pipe, model.pipe.scheduler
     N, size = min(args.eval_images, STOCK_IMAGES), {"height": args.height, "width": args.width}
-    prompts = [model.prompts[n % len(model.prompts)] for n in range(N)]
+    numbers = model.eval_prompts[torch.arange(N) % len(model.eval_prompts)].tolist()
+    prompts = [model.conditioning.prompts[number] for number in numbers]
     images = []
     model.conditioning.move_text_encoders(model.network.device)
     pipe.scheduler = model.stock_scheduler

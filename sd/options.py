@@ -222,7 +222,7 @@ def add_common_flags(add) -> None:
     add("--epochs", 50, type=count, metavar="N", help=epochs)
     groups = "groups of images, each of one prompt and x_T"
     add("--pairs-per-epoch", 8, type=count, metavar="N", help=groups)
-    size = "images of a group: 2 for pairs; K(K-1)/2 labels"
+    size = "images of a group: K(K-1)/2 pairs; people are asked K of them (K = 2: one)"
     add("--images-per-prompt", 4, type=int, metavar="K", help=size)
     add("--num-steps", 20, type=count, metavar="T", help="denoising steps")
     strength = "strength of the KL, per nat of a summed log-prob; reward-weighted: temperature"

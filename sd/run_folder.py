@@ -70,14 +70,17 @@ def describe(error: Exception) -> str:
     return f"{file} cannot be read or written ({reason}): make room for it, or allow it"
 
 
-def replace(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` make a file beside `path`, then put it in its place; OSError if it cannot."""
+def replace(path: Path, write: Callable[[Path], object], *, mode: int = 0o666) -> None:
+    """Let `write` make a file beside `path`, then put it in its place; OSError if it cannot.
+
+    mode: who may read and write the file, as far as the user's umask lets them.
+    """
     part = path.with_name(path.name + ".part")
     with writing(path):
         try:
             part.unlink(missing_ok=True)
-            part.touch()
-            mode = part.stat().st_mode  # as the user's umask has it; safetensors' own is 0600
+            part.touch(mode)
+            mode = part.stat().st_mode  # without the umask; safetensors' own is 0600
             write(part)
             part.chmod(mode)
             os.replace(part, path)

@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
+from unittest import mock
 from urllib.parse import quote, urlsplit
 
 import pytest
@@ -476,6 +477,17 @@ def test_nobody_without_the_token_sees_or_changes_anything(guarded, tmp_path):
             reply = request(outside, "POST", quote(prefix, safe="/%") + path, content, AS_JSON)
             assert is_refused(reply, 403)
     assert (tmp_path / "token").stat().st_mode & 0o777 == 0o600 and len(token) > 20
+
+
+def test_a_token_is_whole_or_not_there(tmp_path, monkeypatch):
+    """A page whose token is empty is open to every user of the machine."""
+    file = tmp_path / "token"
+    with monkeypatch.context() as patched, pytest.raises(OSError):
+        patched.setattr(os, "replace", mock.Mock(side_effect=OSError(28, "full")))
+        annotate.read_token(file)
+    assert not file.exists()
+    token = annotate.read_token(file)
+    assert len(token) > 20 and annotate.read_token(file) == token
 
 
 @pytest.mark.parametrize("silent", [b"", b"GET /", b"POST /answer HTTP/1.1\r\nHost: localhost\r\n"])

@@ -156,17 +156,21 @@ def test_people_who_prefer_nothing_in_three_epochs_end_the_run(
 
 @pytest.mark.slow
 def test_who_likes_plain_images_trains_the_weights_of_compressibility(tiny, start, tmp_path):
-    """And a kill -9 between the labels of the second epoch changes nothing."""
+    """And kill -9 at three moments changes nothing: between labels, in training, an epoch later."""
     automatic, people = tmp_path / "automatic", tmp_path / "people"
     page = Page(people, free_port())
     flags = "--objective"
     sd_demo.main(new_run(tiny, automatic, f"{flags} compressibility"))
-    argv = new_run(tiny, people, f"{flags} human --watch compressibility")
-    process = start([*argv, "--port", str(page.port)])
-    assert answer_questions(page, prefer_plain, stop=6) == 6
-    kill(process)
-    assert len(read_rows(people)) == 6
-    assert run_with_people(["--resume", str(people)], page, prefer_plain) == 2
+    begin = new_run(tiny, people, f"{flags} human --watch compressibility")
+    resume = ["--resume", str(people)]
+    for argv, answers in ((begin, 2), (resume, 2), (resume, 1)):
+        process = start([*argv, "--port", str(page.port)])
+        assert answer_questions(page, prefer_plain, stop=answers) == answers
+        if len(read_rows(people)) == 4:  # all of the first epoch
+            until(lambda: request(page, "GET", "/state").json()["status"] == "Training, epoch 1")
+        kill(process)
+    assert len(read_rows(people)) == 5
+    assert run_with_people(resume, page, prefer_plain) == 3
 
     answers = {tuple(row["images"]): row["h"] for row in read_rows(people)}
     assert answers == {tuple(row["images"]): row["h"] for row in read_rows(automatic)}
@@ -259,9 +263,9 @@ def test_train_now_takes_the_answers_so_far_and_finish_ends_the_run(tiny, tmp_pa
 
 @pytest.mark.slow
 def test_a_blind_test_may_stop_early(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(annotate, "FAREWELL_SECONDS", 0)
+    """Its page ends with the result, the training's images, and how to use the LoRA."""
     monkeypatch.setattr(annotate, "UNDO_SECONDS", 0)
-    out = tmp_path / "run"
+    out, end_states, images = tmp_path / "run", [], []
     page = Page(out / "blind_e001", free_port())
     sd_demo.main(new_run(tiny, out, "--objective compressibility --epochs 1"))
 
@@ -271,6 +275,9 @@ def test_a_blind_test_may_stop_early(tiny, tmp_path, monkeypatch):
         for question in questions[:2]:
             post_answer(page, question["id"], 1)
         end(page, questions[2], "run")
+        state = until(lambda: (now := request(page, "GET", "/state").json())["ended"] and now)
+        end_states.append(state)
+        images.extend(request(page, "GET", f"/{url}") for urls in state["shown"] for url in urls)
 
     thread = threading.Thread(target=people, daemon=True)
     thread.start()
@@ -278,6 +285,11 @@ def test_a_blind_test_may_stop_early(tiny, tmp_path, monkeypatch):
     sd_demo.main([*blind, "--port", str(page.port)])
     result = json.loads((out / "evaluation.json").read_text())
     assert (result["pairs"], result["skipped"], result["win_rate"]) == (2, 3, 1.0)
+    (state,) = end_states
+    assert "better in 100% of 2" in state["status"] and str(out / "lora") in state["status"]
+    assert state["code"] in (out / "README.md").read_text()
+    assert [urls[0] for urls in state["shown"]] == ["held_out/0/0", "held_out/1/0"]
+    assert len(images) == 4 and {image.status for image in images} == {200}
 
 
 @pytest.mark.slow

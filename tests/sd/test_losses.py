@@ -8,7 +8,7 @@ import d3po
 import sd_demo
 from sd.labels import Label, scores_from_labels
 from sd.memory import LabelledBatch
-from sd.model import load_model, make_accelerator, sample_held_out
+from sd.model import load_model, make_accelerator, sample_held_out, sample_stock
 from sd.run_folder import Stream, generator
 
 SCORES = torch.tensor([1.0, 3.0, 0.5, 0.25])
@@ -106,3 +106,7 @@ def test_held_out_noises_have_prompts_of_their_own(tiny):
     assert prompts == [PROMPTS[3], PROMPTS[4]] * 2 + [PROMPTS[3]]
     assert [image.tobytes() for image in images] == [image.tobytes() for image in same]
     assert apart.prompts == PROMPTS[:3]  # those that are sampled and trained on
+    images, stock_prompts = sample_stock(apart, apart.sampler, args)
+    same, _ = sample_stock(alone, alone.sampler, args)
+    assert stock_prompts == prompts
+    assert [image.tobytes() for image in images] == [image.tobytes() for image in same]
