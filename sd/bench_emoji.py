@@ -25,15 +25,15 @@ RESULTS = run_folder.ROOT / "sd" / "results"
 MARK = "<!-- python -m sd.bench_emoji writes what is between these two lines -->\n"
 CLASSIFIER = "toy/emoji_sd/classifier.py"
 NUM_EVALUATED = 450  # noises
-DEFAULT = "initial, beta 0.06"
+DEFAULT, NO_BRAKE = "initial, beta 0.06", "--max-kl 1e9"
 FRONTIER = {  # compressibility: name of a line -> flags
     DEFAULT: "",
-    "initial, beta 0.04": "--beta 0.04",
+    "initial, beta 0.04": f"--beta 0.04 {NO_BRAKE}",
     "initial, beta 0.07": "--beta 0.07",
     "initial, beta 0.2": "--beta 0.2",
-    "previous, beta 0.07": "--reference previous --beta 0.07",
-    "previous, beta 0.2": "--reference previous --beta 0.2",
-    "initial, beta 0.07, all steps": "--beta 0.07 --skip-last 0",
+    "previous, beta 0.07": f"--reference previous --beta 0.07 {NO_BRAKE}",
+    "previous, beta 0.2": f"--reference previous --beta 0.2 {NO_BRAKE}",
+    "initial, beta 0.07, all steps": f"--beta 0.07 --skip-last 0 {NO_BRAKE}",
     "the paper's recipe": (  # as many images as the others
         "--recipe paper --num-steps 10 --guidance-scale 1 --pairs-per-epoch 20 --epochs 19"
     ),
@@ -88,8 +88,8 @@ def run(name: str, work: Path) -> None:
 
 def summary(name: str, out: Path) -> dict:
     """What the JSON keeps of a run: held-out noises over its epochs, and its evaluation."""
-    keys = ("epoch", "labels", "eval_score", "eval_win_rate", "watched", "kl", "kl_trained")
-    keys += ("log_ratio_winners", "log_ratio_losers")
+    keys = ("epoch", "labels", "eval_score", "eval_win_rate", "eval_kl", "watched", "kl")
+    keys += ("kl_trained", "log_ratio_winners", "log_ratio_losers")
     rows = run_folder.read_lines(out / "metrics.jsonl")
     evaluated = [row for row in rows if row["eval_score"] is not None]
     return {

@@ -43,6 +43,7 @@ SWEEP_SEED, SEEDS = 5, (0, 1, 2, 3, 4)
 KEPT = 0.95  # of the initial model's animals, in what counts as the best
 GROUPS = "--pairs-per-epoch 4 --images-per-prompt 8 --batch-size 4"
 PAIRS = "--guidance-scale 1 --pairs-per-epoch 16 --images-per-prompt 2"  # as many images
+NO_BRAKE = "--max-kl 1e9"  # but the KL is logged
 CLICKS, TAGGED = 16, 7  # of an epoch, images of one
 QUICK = "--epochs 1 --pairs-per-epoch 4 --num-steps 3 --eval-images 8"
 
@@ -59,24 +60,24 @@ class Method(NamedTuple):
 RATES = (5e-4, 1.5e-3)
 METHODS = {
     "default": Method(GROUPS, (1.5e-3,)),
-    "Eq. 14, as released": Method(f"--recipe paper {PAIRS}", (3e-5, 3e-4, 1.5e-3)),
-    "Eq. 14, as printed": Method(f"--recipe alg1 {PAIRS}", (3e-5, 3e-4)),
+    "Eq. 14, as released": Method(f"--recipe paper {PAIRS} {NO_BRAKE}", (3e-5, 3e-4, 1.5e-3)),
+    "Eq. 14, as printed": Method(f"--recipe alg1 {PAIRS} {NO_BRAKE}", (3e-5, 3e-4)),
     "whole chain, earlier labels": Method(
         f"{GROUPS} --loss chain --update-every trajectory --batch-size 1 --replay 4 "
-        "--average-weights",
+        f"--average-weights {NO_BRAKE}",
         RATES,
         (0.06, 0.12),
     ),
-    "DDPO": Method(f"{GROUPS} --loss ddpo", RATES, (0.01, 0.1), strength="clip"),
-    "DPOK": Method(f"{GROUPS} --loss dpok", RATES, (0.02, 0.1)),
-    "Reward Weighted": Method(f"{GROUPS} --loss reward-weighted", RATES, (0.1, 0.3)),
-    "preferred images": Method(f"{GROUPS} --loss sft", RATES, (0.0, 0.3)),
+    "DDPO": Method(f"{GROUPS} --loss ddpo {NO_BRAKE}", RATES, (0.01, 0.1), strength="clip"),
+    "DPOK": Method(f"{GROUPS} --loss dpok {NO_BRAKE}", RATES, (0.02, 0.1)),
+    "Reward Weighted": Method(f"{GROUPS} --loss reward-weighted {NO_BRAKE}", RATES, (0.1, 0.3)),
+    "preferred images": Method(f"{GROUPS} --loss sft {NO_BRAKE}", RATES, (0.0, 0.3)),
 }
 PEOPLE = {
     "default": Method("", (1.5e-3,)),
     "Eq. 14": Method(
         "--loss eq14 --update-every timestep --batch-size 4 --beta 0.06 --warm-up 1 --replay 0 "
-        "--no-average-weights --max-kl 1e9",
+        f"--no-average-weights {NO_BRAKE}",
         (1.5e-3,),
     ),
 }
@@ -208,6 +209,7 @@ def curve(out: Path) -> dict:
                 "images": images * point["epoch"],
                 "score": point["eval_score"],
                 "animals": point["watched"],
+                "kl": point.get("eval_kl") or 0.0,
             }
             for point in points
             if point["eval_score"] is not None
