@@ -97,7 +97,7 @@ def train(run: Run, epochs_done: int, bar: tqdm) -> None:
         stop = False
         if accelerator.is_main_process:
             eval_result = None
-            if epoch in options.eval_epochs(args):
+            if options.is_evaluated(args, epoch):
                 with run.average.applied():
                     eval_result = evaluate_held_out(
                         run.feedback, run.model, run.model.sampler, save_as=epoch
@@ -219,7 +219,7 @@ def check_finite(run: Run, epoch: int, last_overflows: list[bool]) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    with run_folder.Lock() as lock:
+    with run_folder.Lock() as lock, cost.memory_is_enough():
         start(*options.parse(argv), lock)
 
 

@@ -1,7 +1,9 @@
 """What a run will cost, before it starts: passes of the UNet, labels, and memory."""
 
 import math
+import sys
 from argparse import Namespace
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -79,6 +81,24 @@ def estimate(model: Model, args: Namespace, processes: int) -> Cost:
         memory_gb=memory / 1e9,
         memory_known=known,
     )
+
+
+@contextmanager
+def memory_is_enough():
+    """What needs more memory than there is ends the program in a sentence."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:  # on the CPU, PyTorch's has no class of its own
+        if "allocate memory" not in str(error) and not isinstance(
+            error, MemoryError | torch.OutOfMemoryError
+        ):
+            raise
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        sys.exit(
+            f"The memory is not enough ({reason:.200}). Start with a smaller "
+            "--batch-size, --images-per-prompt, --height and --width or --lora-rank, or with "
+            "--gradient-checkpointing; where another program took it, --resume goes on."
+        )
 
 
 def labels_of_group(objective: str | None, K: int) -> int:

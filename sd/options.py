@@ -353,6 +353,7 @@ def check(args: Namespace) -> None:
         "--prompts: give animals, hand, unsafe or a file": (
             args.prompts is None and not args.labels
         ),
+        "--height and --width: give both, or none": bool(args.height) != bool(args.width),
         f"--replay {args.replay}: give a number of batches, 0 or more": args.replay < 0,
         "--labels and --replay draw trajectories anew, which nobody sampled: they need "
         "--reference initial": args.reference == "previous" and (args.labels or args.replay),
@@ -411,9 +412,9 @@ def last_epoch(args: Namespace) -> int:
     return epochs_given(args) + (args.epochs if args.objective else 0)
 
 
-def eval_epochs(args: Namespace) -> set[int]:
-    """When the held-out noises are evaluated; 0 is before training."""
-    return {*range(0, last_epoch(args), args.eval_every), last_epoch(args)}
+def is_evaluated(args: Namespace, epoch: int) -> bool:
+    """Whether the held-out noises are evaluated after an epoch; 0 is before training."""
+    return epoch % args.eval_every == 0 or epoch == last_epoch(args)
 
 
 def describe_stop(args: Namespace, epoch: int) -> str:
@@ -425,10 +426,12 @@ def describe_stop(args: Namespace, epoch: int) -> str:
 
 def calls_to_go(args: Namespace, cost: Cost, epochs_done: int) -> int:
     """Calls of the network from here to the end of a run, for the progress bar."""
-    to_do = set(range(epochs_done + 1, last_epoch(args) + 1))
-    of_epochs = sum(cost.calls_given if n <= epochs_given(args) else cost.calls for n in to_do)
-    looks = len(to_do & eval_epochs(args)) * (2 if args.max_kl else 1)
-    return of_epochs + (1 + looks) * cost.calls_eval
+    last, every = last_epoch(args), args.eval_every
+    given = max(epochs_given(args) - epochs_done, 0)
+    sampled = last - epochs_done - given
+    between = range((epochs_done // every + 1) * every, last, every)
+    looks = (len(between) + (epochs_done < last)) * (2 if args.max_kl else 1)
+    return given * cost.calls_given + sampled * cost.calls + (1 + looks) * cost.calls_eval
 
 
 def check_batches(args: Namespace, processes: int) -> None:

@@ -1,6 +1,7 @@
 """What a run will cost: counted by hand here, and by runs in test_sd_demo.py."""
 
 import pytest
+import torch
 from sd_helpers import Loaded, parse
 
 import sd_demo
@@ -61,3 +62,24 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(tiny, tmp_path, monkeypatc
     ):
         assert part in text
     assert not list(tmp_path.iterdir())
+
+
+def test_too_little_memory_is_said_in_a_sentence(tiny, tmp_path):
+    out = tmp_path / "run"
+    flags = f"--model {tiny} --objective compressibility --out {out} --lora-rank {10**14}"
+    with pytest.raises(SystemExit, match="The memory is not enough .*smaller --batch-size"):
+        sd_demo.main(flags.split())
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    "error, said",
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), True),
+        (MemoryError(), True),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+    ],
+)
+def test_other_errors_keep_their_traceback(error, said):
+    with pytest.raises(SystemExit if said else RuntimeError), cost.memory_is_enough():
+        raise error

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sd import options, run_folder
+from sd import cost, options, run_folder
 from sd.label_files import EPOCH_GROUPS
 from sd.options import EMOJI, SD15
 
@@ -317,6 +317,8 @@ def refusal(flags: str, capsys) -> str:
 REFUSED = {
     "--objective ''": "say what to learn: --objective",
     "--images .": "--images is the folder of the images of --labels",
+    "--height 64": "--height and --width: give both, or none",
+    "--width 64": "--height and --width: give both, or none",
     "--replay -1": "--replay -1: give a number of batches",
     "--replay 1 --reference previous": "need --reference initial",
     "--labels x.csv --reference previous": "need --reference initial",
@@ -397,7 +399,22 @@ def test_an_earlier_run_may_exist(earlier):
 )
 def test_held_out_images_are_evaluated_before_at_intervals_and_at_the_end(epochs, every, expected):
     args = Namespace(epochs=epochs, eval_every=every, passes=1, groups_given=0, objective="human")
-    assert options.eval_epochs(args) == expected
+    assert {n for n in range(epochs + 1) if options.is_evaluated(args, n)} == expected
+
+
+@pytest.mark.parametrize("max_kl, calls", [(None, 7), (9.0, 14)])
+def test_the_bar_counts_what_is_to_do(max_kl, calls):
+    args = Namespace(epochs=7, eval_every=3, passes=2, groups_given=1, objective="human")
+    args.max_kl, last = max_kl, options.last_epoch(args)
+    plan = cost.Cost(**dict.fromkeys(cost.Cost._fields, 0))
+    plan = plan._replace(calls=1000, calls_given=10**6, calls_eval=7)
+    for done in range(last + 1):
+        to_do = range(done + 1, last + 1)
+        expected = sum(10**6 if epoch <= 2 else 1000 for epoch in to_do)
+        expected += 7 + calls * sum(options.is_evaluated(args, epoch) for epoch in to_do)
+        assert options.calls_to_go(args, plan, done) == expected
+    args.epochs = 10**15  # and takes no time to do so
+    assert options.calls_to_go(args, plan, last) > 10**15
 
 
 def test_the_images_of_a_file_come_first():
@@ -407,7 +424,7 @@ def test_the_images_of_a_file_come_first():
     alone.groups_given = first.groups_given = 5
     for args, expected in ((alone, (3, 3)), (first, (2, 5)), (parse(ANY), (0, 50))):
         assert (options.epochs_given(args), options.last_epoch(args)) == expected
-    assert options.eval_epochs(first) == {0, 1, 2, 3, 4, 5}
+    assert all(options.is_evaluated(first, n) for n in range(6))
     alone.groups_given = 2 * EPOCH_GROUPS + 1  # a large file is cut into epochs
     assert options.epochs_given(alone) == 9
     assert alone.prompts is None and first.prompts == "animals"  # alone, those of the file
