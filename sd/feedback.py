@@ -313,8 +313,8 @@ def blind_test(
     result = win_rate(torch.tensor(h))
     low, high = result["win_rate_interval"]
     server.close(
-        f"Thank you. The tuned model's image was better in {result['win_rate']:.0%} of {len(h)}, "
-        f"ties half (95 % interval {low:.0%} to {high:.0%}). {where_it_is(args.out)}",
+        f"Thank you. The tuned model's image was better in {result['win_rate']:.0%} of {len(h)} "
+        f"answers, ties half (95 % interval {low:.0%} to {high:.0%}). {where_it_is(args.out)}",
         code,
     )
     majorities = [2 * of_one.count(1) > len(of_one) for of_one in votes if of_one]
