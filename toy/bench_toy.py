@@ -14,6 +14,7 @@ batches like ours; and given batches and the T updates of Alg. 1. One thread; al
 and a ratio is that of neighbours in time.
 """
 
+import argparse
 import copy
 import time
 from itertools import combinations, product
@@ -136,7 +137,9 @@ def policies() -> dict[str, nn.Module]:
     return {"network": net, "adapter": adapter}
 
 
-def main():
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser("python -m toy.bench_toy", description=__doc__.splitlines()[0])
+    parser.parse_args(argv)
     torch.set_num_threads(1)
     torch.manual_seed(0)
     print(f"T = {T}, {ROUNDS} rounds, one thread, torch {torch.__version__}.")

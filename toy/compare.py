@@ -151,7 +151,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--epochs", type=int, default=100, help="of every run")
     parser.add_argument("--pairs", type=int, default=128, help="pairs, so labels, an epoch")
     parser.add_argument(
-        "--methods", nargs="+", choices=METHODS, help="these alone; other rows stay as they stand"
+        "--methods",
+        nargs="+",
+        choices=METHODS,
+        metavar="METHOD",
+        help=f"these rows alone; the others stay as they stand: {'; '.join(METHODS)}",
     )
     args = parse_budget(parser, argv)
     if args.epochs < 1:
