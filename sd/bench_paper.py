@@ -58,8 +58,9 @@ class Method(NamedTuple):
 
 
 RATES = (5e-4, 1.5e-3)
+DEFAULT = Method(GROUPS, (1.5e-3,))
 METHODS = {
-    "default": Method(GROUPS, (1.5e-3,)),
+    "default": DEFAULT._replace(values=(0.06, 0.1, 0.15)),
     "Eq. 14, as released": Method(f"--recipe paper {PAIRS} {NO_BRAKE}", (3e-5, 3e-4, 1.5e-3)),
     "Eq. 14, as printed": Method(f"--recipe alg1 {PAIRS} {NO_BRAKE}", (3e-5, 3e-4)),
     "whole chain, earlier labels": Method(
@@ -133,6 +134,7 @@ PANELS = {
         classifier.log_probability,
         {
             **{name: METHODS[name] for name in TABLE_1},
+            "default": DEFAULT,
             "Reward Weighted": METHODS["Reward Weighted"]._replace(values=(0.3, 1.0)),
         },
         noises=360,
@@ -142,7 +144,7 @@ PANELS = {
         "no figure",
         f"{ALIGNMENT} --prompts {SEEN} --eval-prompts {UNSEEN}",
         classifier.log_probability,
-        {"default": METHODS["default"]},
+        {"default": DEFAULT},
         noises=360,
         prompts=(SEEN, UNSEEN),
     ),
