@@ -38,6 +38,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
+__version__ = "1.0.0"
 Denoiser = Callable[[Tensor, Tensor, Any], Tensor]  # eps(x (B, *D), time (B,), cond) -> (B, *D)
 
 
@@ -214,8 +215,7 @@ def preference(score_a: Tensor, score_b: Tensor, margin: float = 0.0) -> Tensor:
     """
     _check_scores(score_a, score_b)
     _require(margin >= 0, f"margin = {margin}: choose 0 or more")
-    a = _at_least_float32(score_a)
-    b = _at_least_float32(score_b)
+    a, b = _at_least_float32(score_a), _at_least_float32(score_b)
     return (a > b + margin).long() - (b > a + margin).long()
 
 

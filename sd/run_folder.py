@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 
 ROOT = Path(__file__).resolve().parents[1]
 LORA_FILE = "pytorch_lora_weights.safetensors"
-LIBRARIES = ("torch", "diffusers", "transformers", "peft", "accelerate")
+LIBRARIES = ("d3po", "torch", "diffusers", "transformers", "peft", "accelerate")
 
 
 class RunError(ValueError):

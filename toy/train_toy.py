@@ -152,7 +152,11 @@ def open_run(args: argparse.Namespace) -> dict:
     out.mkdir(parents=True, exist_ok=True)
     config = vars(args) | {
         "out": str(out),
-        "versions": {"torch": torch.__version__, "python": platform.python_version()},
+        "versions": {
+            "d3po": d3po.__version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
         "git_revision": git_revision(),
     }
     write_json(out / "config.json", config)

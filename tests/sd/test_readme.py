@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import yaml
 from PIL import Image
 from sd_helpers import run
 
@@ -100,3 +101,11 @@ def test_the_converter_writes_a_label_file(folder):
     images = {group.prompt: [image.name for image in group.images] for group in found.groups}
     assert images == {"a cat": ["1.png", "2.png"], "a dog": ["1.png", "2.png"]}  # the winner first
     assert [group.pairs for group in found.groups] == [[(0, 1)]] * 2 and found.ties == 1
+
+
+def test_the_version_is_that_of_the_code():
+    (block,) = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
+    citation = yaml.safe_load(block)
+    assert citation["version"] == d3po.__version__ and citation["cff-version"] == "1.2.0"
+    assert f"Version {d3po.__version__}" in README
+    assert {"message", "title", "authors"} <= citation.keys()

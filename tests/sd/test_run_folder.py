@@ -7,6 +7,7 @@ import pytest
 import torch
 from sd_helpers import read_rows
 
+import d3po
 from sd import run_folder
 from sd.run_folder import Stream, generator
 
@@ -32,6 +33,7 @@ def test_a_new_run_has_a_config_and_empty_tables():
     config = json.loads((out / "config.json").read_text())
     assert config["beta"] == 0.3 and config["out"] == "some/where"
     assert config["versions"]["torch"] == torch.__version__ and "git_revision" in config
+    assert config["versions"]["d3po"] == d3po.__version__
     for name in ("metrics.jsonl", "labels.jsonl"):
         assert (out / name).read_text() == ""
     assert all((out / name).is_dir() for name in ("images", "lora", "checkpoint"))

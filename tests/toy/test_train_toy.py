@@ -145,6 +145,7 @@ def test_a_run_leaves_its_folder(tiny):
     assert {"mixture", "model", "preference", "labels", "reference", "eta", "loss"} <= set(config)
     assert {"beta", "lr", "replay", "seed", "git_revision", "optimum"} <= set(config)
     assert config["versions"]["torch"] == torch.__version__
+    assert config["versions"]["d3po"] == d3po.__version__
     assert {"j_ref", "j_gauss", "j_star", "score_star", "kl_star"} <= set(config["optimum"])
 
 
