@@ -25,15 +25,14 @@ RESULTS = run_folder.ROOT / "sd" / "results"
 MARK = "<!-- python -m sd.bench_emoji writes what is between these two lines -->\n"
 CLASSIFIER = "toy/emoji_sd/classifier.py"
 NUM_EVALUATED = 450  # noises
-DEFAULT, NO_BRAKE = "initial, beta 0.06", "--max-kl 1e9"
+DEFAULT, NO_BRAKE = "initial, beta 0.15", "--max-kl 1e9"
 FRONTIER = {  # compressibility: name of a line -> flags
     DEFAULT: "",
+    "initial, beta 0.1": f"--beta 0.1 {NO_BRAKE}",
+    "initial, beta 0.06": f"--beta 0.06 {NO_BRAKE}",
     "initial, beta 0.04": f"--beta 0.04 {NO_BRAKE}",
-    "initial, beta 0.07": "--beta 0.07",
-    "initial, beta 0.2": "--beta 0.2",
-    "previous, beta 0.07": f"--reference previous --beta 0.07 {NO_BRAKE}",
-    "previous, beta 0.2": f"--reference previous --beta 0.2 {NO_BRAKE}",
-    "initial, beta 0.07, all steps": f"--beta 0.07 --skip-last 0 {NO_BRAKE}",
+    "previous, beta 0.15": f"--reference previous {NO_BRAKE}",
+    "initial, beta 0.15, all steps": f"--skip-last 0 {NO_BRAKE}",
     "the paper's recipe": (  # as many images as the others
         "--recipe paper --num-steps 10 --guidance-scale 1 --pairs-per-epoch 20 --epochs 19"
     ),

@@ -58,9 +58,8 @@ class Method(NamedTuple):
 
 
 RATES = (5e-4, 1.5e-3)
-DEFAULT = Method(GROUPS, (1.5e-3,))
 METHODS = {
-    "default": DEFAULT._replace(values=(0.06, 0.1, 0.15)),
+    "default": Method(GROUPS, (1.5e-3,), (0.06, 0.1, 0.15)),
     "Eq. 14, as released": Method(f"--recipe paper {PAIRS} {NO_BRAKE}", (3e-5, 3e-4, 1.5e-3)),
     "Eq. 14, as printed": Method(f"--recipe alg1 {PAIRS} {NO_BRAKE}", (3e-5, 3e-4)),
     "whole chain, earlier labels": Method(
@@ -134,7 +133,6 @@ PANELS = {
         classifier.log_probability,
         {
             **{name: METHODS[name] for name in TABLE_1},
-            "default": DEFAULT,
             "Reward Weighted": METHODS["Reward Weighted"]._replace(values=(0.3, 1.0)),
         },
         noises=360,
@@ -144,8 +142,9 @@ PANELS = {
         "no figure",
         f"{ALIGNMENT} --prompts {SEEN} --eval-prompts {UNSEEN}",
         classifier.log_probability,
-        {"default": DEFAULT},
+        {"default": METHODS["default"]},
         noises=360,
+        sweep="alignment",
         prompts=(SEEN, UNSEEN),
     ),
 }

@@ -28,7 +28,7 @@ EMOJI = run_folder.ROOT / "toy" / "emoji_sd"
 # What measured best on the emoji model
 EMOJI_PRESETS = """
     --epochs 24 --pairs-per-epoch 4 --images-per-prompt 8 --batch-size 4 --num-steps 10
-    --guidance-scale 1 --lr 1.5e-3 --beta 0.06 --no-gradient-checkpointing
+    --guidance-scale 1 --lr 1.5e-3 --beta 0.15 --no-gradient-checkpointing
     --eval-images 90 --eval-every 4 --max-kl 40
 """
 # A label is dear: used again, small first steps, an average in place of the last weights, a brake.

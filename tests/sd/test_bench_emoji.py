@@ -22,10 +22,10 @@ def test_the_committed_page_has_the_committed_numbers():
 def test_the_committed_runs_have_the_defaults_of_today():
     results = json.loads((bench_emoji.RESULTS / "emoji_runs.json").read_text())
     _, args = options.parse(
-        ["--model", str(options.EMOJI), *bench_emoji.RUNS["initial, beta 0.06"].split()]
+        ["--model", str(options.EMOJI), *bench_emoji.RUNS[bench_emoji.DEFAULT].split()]
     )
-    epochs = results["initial, beta 0.06"]["epochs"]
-    assert args.beta == 0.06 and args.reference == "initial"
+    epochs = results[bench_emoji.DEFAULT]["epochs"]
+    assert args.beta == 0.15 and args.reference == "initial"
     assert all(options.is_evaluated(args, row["epoch"]) for row in epochs)
     assert epochs[-1]["epoch"] == args.epochs
 
