@@ -73,8 +73,8 @@ METHODS = {
     "Reward Weighted": Method(f"{GROUPS} --loss reward-weighted {NO_BRAKE}", RATES, (0.1, 0.3)),
     "preferred images": Method(f"{GROUPS} --loss sft {NO_BRAKE}", RATES, (0.0, 0.3)),
 }
-PEOPLE = {
-    "default": Method("", (1.5e-3,)),
+PEOPLE = {  # the default has epochs of 8 clicks: its settings for as many clicks
+    "default": Method("--warm-up 3 --replay 16", (1.5e-3,)),
     "Eq. 14": Method(
         "--loss eq14 --update-every timestep --batch-size 4 --beta 0.06 --warm-up 1 --replay 0 "
         f"--no-average-weights {NO_BRAKE}",
