@@ -2,9 +2,9 @@
 
     python -m sd.bench_cost    # seven minutes on two cores; nothing else may run meanwhile
 
-The bundled emoji model is timed and counted. SD 1.5 is its architecture at 512x512 in fp16, with
-random weights. On a CUDA GPU of 24 GB or more it is timed too; elsewhere its bytes, operations and
-UNet rows are counted on tensors without data (torch's meta device).
+The bundled emoji model is timed and counted. Of SD 1.5, SDXL and SD 3 there are the architectures,
+in fp16: bytes, operations and rows are counted on tensors without data (torch's meta device). On a
+CUDA GPU of 24 GB or more SD 1.5 is timed instead, with random weights.
 
 All sides train one LoRA on the same trajectories and pairs; tests/sd/test_bench_cost.py compares
 their gradients. The released structure, from its description: policy and reference apart and each
@@ -25,65 +25,43 @@ import weakref
 from argparse import Namespace
 from collections import Counter
 from collections.abc import Callable
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from functools import cached_property, partial
 from itertools import combinations
 from pathlib import Path
 from typing import NamedTuple
-from unittest import mock
 
 import diffusers
 import numpy as np
 import torch
-import torch.nn.functional as F
 import transformers
-from diffusers import (
-    AutoencoderKL,
-    DiffusionPipeline,
-    StableDiffusionPipeline,
-    UNet2DConditionModel,
-)
-from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
+from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from diffusers.training_utils import cast_training_params
 from matplotlib.figure import Figure
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import flop_counter
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import CLIPTextModel
 
 import d3po
 import sd_demo
 from sd import model, options, run_folder
 from sd.bench import make_parser, markdown_table, write_between
+from sd.bench_models import ARCHITECTURES, CPU_ATTENTION, SD15, Architecture, random_models
 from sd.memory import LabelledBatch
 from sd.model import PipelinePolicy
-from sd.pipeline import DTYPES
+from sd.pipeline import NETWORKS
 from sd.prompts import load_prompts
-from toy.emoji_sd import models
 
 RESULTS = run_folder.ROOT / "sd" / "results"
 MARK = "<!-- python -m sd.bench_cost writes what is between these two lines -->\n"
 FIXED = "--objective compressibility --guidance-scale 5 --max-grad-norm 1e9"
-ONE_PAIR = ["--model", "SD 1.5, random weights", "--images-per-prompt", "2", "--batch-size", "1"]
-SD15_UNET = {
-    "cross_attention_dim": 768,
-    "attention_head_dim": 8,
-    "block_out_channels": (320, 640, 1280, 1280),
-}
-SD15_VAE = {
-    "block_out_channels": (128, 256, 512, 512),
-    "layers_per_block": 2,
-    "down_block_types": ("DownEncoderBlock2D",) * 4,
-    "up_block_types": ("UpDecoderBlock2D",) * 4,
-}
-LATENTS = 64  # of 512x512 pixels
+ONE_PAIR = ["--model", "random weights", "--images-per-prompt", "2", "--batch-size", "1"]
 LENGTHS = (2, 4, 8)  # T of the figure
 
 HERE, AUTOGRAD, PIECES = "here, previous", "whole chain by autograd", "whole chain in pieces"
 IN_FIGURE = {HERE: "ko-", f"{HERE}, checkpointed": "k^--", PIECES: "kx:", AUTOGRAD: "rs-."}
-HEADS = ("", "ms", "here / this", "UNet rows", "GFLOP", "grown, GB", "peak, GB")
+HEADS = ("", "ms", "here / this", "rows", "GFLOP", "grown, GB", "peak, GB")
 
-CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 CPU_ATTENTION_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
@@ -102,77 +80,8 @@ FORMULAS = {  # of operations: those of torch's FlopCounterMode, and what it lac
 }
 
 
-# SD 1.5's architecture
-
-
-class ToReal(torch.autograd.Function):
-    """Zeros for a tensor without data, and gradients without data for real ones."""
-
-    @staticmethod
-    def forward(ctx, x):
-        return torch.zeros(x.shape)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return torch.empty_like(gradient, device="meta")
-
-
-class WeightlessUNet(UNet2DConditionModel):
-    """A UNet on the meta device that takes and gives real tensors: nothing is computed."""
-
-    device = torch.device("cpu")  # where others shall put its inputs
-
-    def to(self, *_, **__):
-        return self
-
-    def forward(self, sample, timestep, encoder_hidden_states, **_):
-        real = sample, timestep, encoder_hidden_states
-        state, time, text = (x.to("meta") for x in real)
-        output = super().forward(state, time, text).sample.float()
-        return UNet2DConditionOutput(sample=ToReal.apply(output))
-
-
-def sd15(size: int, dtype: torch.dtype, weightless: bool) -> StableDiffusionPipeline:
-    """SD 1.5 with random weights, or without: one text layer, and the emoji model's tokenizer."""
-    words, width = models.tokenizer(), SD15_UNET["cross_attention_dim"]
-    text = models.text_encoder(words, tiny=True).config
-    widths = ("hidden_size", "intermediate_size", "projection_dim")
-    text.update({**dict.fromkeys(widths, width), "max_position_embeddings": 77})
-    device, unet_class = "cuda" if torch.cuda.is_available() else "cpu", UNet2DConditionModel
-    if weightless:
-        device, unet_class = "meta", WeightlessUNet
-    with torch.device(device):
-        unet = unet_class(sample_size=size, **SD15_UNET)
-        vae = AutoencoderKL(**SD15_VAE)
-    pipe = models.pipeline(vae, CLIPTextModel(text), unet)  # the text encoder is real
-    pipe.tokenizer.model_max_length = 77
-    for part in (pipe.vae, pipe.text_encoder, pipe.unet):
-        torch.nn.Module.to(part, dtype)
-    if weightless:
-        pipe.to = lambda *_: pipe
-    return pipe
-
-
-def flash_attention(q: Tensor, k: Tensor, v: Tensor, *_, **__) -> Tensor:
-    """A GPU's kernel; on the meta device torch would choose to hold every attention matrix."""
-    return CPU_ATTENTION(q, k, v)[0]
-
-
-@contextmanager
-def random_sd15(size: int, weightless: bool = False):
-    """Inside, every pipeline is SD 1.5 with random weights, or with none, then in fp16."""
-
-    def load(name, precision):
-        return sd15(size, torch.float16 if weightless else DTYPES[precision], weightless)
-
-    with ExitStack() as patches:
-        patches.enter_context(mock.patch.object(model, "load_pipeline", load))
-        if weightless:
-            attention = mock.patch.object(F, "scaled_dot_product_attention", flash_attention)
-            patches.enter_context(attention)
-            cpu = torch.device("cpu")  # not where the VAE is
-            patches.enter_context(mock.patch.object(DiffusionPipeline, "device", cpu))
-        yield
+def network_of(pipe: DiffusionPipeline) -> nn.Module:
+    return getattr(pipe, NETWORKS[type(pipe)])
 
 
 # The sides of a race
@@ -183,7 +92,7 @@ class Setup:
 
     def __init__(self, *flags: str):
         _, self.args = options.parse([*FIXED.split(), *flags])
-        self.accelerator = model.make_accelerator(self.args.precision)
+        self.accelerator = model.make_accelerator(self.args.precision, self.args.device)
         prompts = load_prompts(self.args.prompts)
         self.model = model.load_model(self.args, prompts, self.accelerator)
         self.pipe, self.lora = self.model.pipe, self.model.lora
@@ -226,7 +135,7 @@ class Bench:
     def __init__(self, setup: Setup, groups: int, T: int, *, K: int = 2, tagged: int = 1):
         device = setup.accelerator.device
         self.setup, self.steps = setup, list(range(T))
-        self.schedule = d3po.make_schedule(setup.pipe.scheduler.alphas_cumprod, T)
+        self.schedule = d3po.make_schedule(setup.model.policy.alpha_bars.cpu(), T)
         self.model = setup.model._replace(schedule=self.schedule)
         bad = torch.arange(K).expand(groups, K) < tagged
         self.pairs = d3po.pairs_from_tags(bad).to(device)
@@ -314,14 +223,14 @@ class Side(NamedTuple):
     bench: Bench
     run: Callable[[], object]
     checkpointing: bool = False
-    pipelines: tuple[str, ...] = ("pipe",)  # of the setup, whose UNets are at work
+    pipelines: tuple[str, ...] = ("pipe",)  # of the setup, whose networks are at work
 
     def prepare(self) -> None:
-        unet = self.bench.setup.pipe.unet
+        network = self.bench.setup.model.network
         if self.checkpointing:
-            unet.enable_gradient_checkpointing()
+            network.enable_gradient_checkpointing()
         else:
-            unet.disable_gradient_checkpointing()
+            network.disable_gradient_checkpointing()
 
 
 def training(bench: Bench) -> list[Side]:
@@ -366,24 +275,26 @@ def sampling(bench: Bench) -> list[Side]:
 
 
 class Rows(ExitStack):
-    """Counts rows of the batches of UNets; a guided trajectory has two."""
+    """Counts rows of the batches of networks; a guided trajectory has two."""
 
-    def __init__(self, unets: list[UNet2DConditionModel]):
+    def __init__(self, networks: list[nn.Module]):
         super().__init__()
         self.count = Counter()
-        for unet in unets:
-            self.callback(unet.register_forward_hook(self.after_forward).remove)
-            block = unet.mid_block.resnets[-1]
-            self.callback(block.register_forward_pre_hook(self.before_block).remove)
+        for network in networks:
+            self.callback(network.register_forward_hook(self.after_forward).remove)
+            is_unet = hasattr(network, "mid_block")
+            block = network.mid_block.resnets[-1] if is_unet else network.transformer_blocks[-1]
+            hook = block.register_forward_pre_hook(self.before_block, with_kwargs=True)
+            self.callback(hook.remove)
 
-    def after_forward(self, unet, inputs, output):
+    def after_forward(self, network, inputs, output):
         rows, with_gradient = len(inputs[0]), torch.is_grad_enabled()
         self.count["with" if with_gradient else "without"] += rows
         if with_gradient:
             output[0].register_hook(lambda _: self.count.update(backward=rows))
 
-    def before_block(self, block, inputs):
-        self.count["block"] += len(inputs[0])
+    def before_block(self, block, inputs, named):
+        self.count["block"] += len(inputs[0] if inputs else named["hidden_states"])
 
     def as_list(self) -> list[int]:
         """Rows without gradient, with gradient, run again by checkpointing, backward."""
@@ -435,13 +346,13 @@ def gb(tensors: list[Tensor]) -> float:
 def count(side: Side) -> dict:
     """Of one pass: rows and GFLOP for each pair and step; GB beyond the base, and in all."""
     bench, setup = side.bench, side.bench.setup
-    unets = [getattr(setup, name).unet for name in side.pipelines]
-    weights = [p for unet in unets for p in unet.parameters()]
+    networks = [network_of(getattr(setup, name)) for name in side.pipelines]
+    weights = [p for network in networks for p in network.parameters()]
     states = [t for state in setup.optimizer.state.values() for t in state.values()]
     vae, trajectory = setup.pipe.vae.parameters(), bench.batch.trajectory
     base_gb = gb([*weights, *vae, *states, *trajectory, bench.cond])
 
-    meter, rows = Meter(setup.device), Rows(unets)
+    meter, rows = Meter(setup.device), Rows(networks)
     side.prepare()
     with rows, meter:
         side.run()
@@ -538,19 +449,27 @@ def emoji(rounds: int) -> dict:
 
 
 def sd15_timed(rounds: int) -> dict:
-    with random_sd15(LATENTS):
+    with random_models(SD15, "cuda"):
         setup = Setup(*ONE_PAIR)
         races = training(Bench(setup, 1, 4)), groups_of_seven(setup), sampling(Bench(setup, 4, 20))
         return {"rows": [row for sides in races for row in measure(sides, rounds)]}
 
 
-def sd15_counted() -> dict:
-    with random_sd15(LATENTS, weightless=True):
+def counted(architecture: Architecture) -> dict:
+    """Of one pair; of SD 1.5 also the other structures, and memory for several T."""
+    with random_models(architecture, "meta"):
         setup = Setup(*ONE_PAIR)
-        bench = Bench(setup, 1, 2)
-        sides = [*training(bench), *groups_of_seven(setup)[:2], *sampling(bench)[:1]]
+        bench, more = Bench(setup, 1, 2), {}
+        sides = training(bench)[:2]
+        if architecture is SD15:
+            sides = [*training(bench), *groups_of_seven(setup)[:2]]
+            more = {"memory": memory_by_length(setup)}
+        sides += sampling(bench)[:1]
+        of_lora = sum(weight.numel() for weight in setup.lora)
+        of_network = sum(weight.numel() for weight in setup.model.network.parameters())
+        weights = {"network": of_network - of_lora, "lora": of_lora}
         rows = [{"name": side.name, **count(side)} for side in sides]
-        return {"rows": rows, "memory": memory_by_length(setup)}
+        return {"weights": weights, "rows": rows, **more}
 
 
 # The report
@@ -576,7 +495,11 @@ def tables(results: dict) -> str:
     text = "\n"
     for title, part in results.items():
         text += f"## {title}\n\n{markdown_table(HEADS, map(cells, part['rows']))}"
-        text += f"\n{part['versions']}"
+        text += "\n"
+        if "weights" in part:
+            millions = {name: number / 1e6 for name, number in part["weights"].items()}
+            text += "Weights: {network:,.0f} M, LoRA {lora:.2f} M. ".format(**millions)
+        text += part["versions"]
         if "seconds" in part["rows"][0]:
             text += f"; {part['rounds']} rounds; load at the start {part['load']:.2f}"
         text += ".\n\n"
@@ -637,8 +560,10 @@ def main(argv: list[str] | None = None) -> None:
     parts = {f"Emoji model, 4 pairs in a batch, T = 10: {machine}": partial(emoji, args.rounds)}
     if cuda:
         parts[f"SD 1.5, 1 pair in a batch, T = 4: {machine}"] = partial(sd15_timed, args.rounds)
-    else:
-        parts["SD 1.5, 1 pair in a batch, T = 2: counted"] = sd15_counted
+    for name, architecture in {} if cuda else ARCHITECTURES.items():
+        pixels = f"{architecture.pixels}x{architecture.pixels}"
+        title = f"{name}, {pixels}, 1 pair in a batch, T = 2: counted"
+        parts[title] = partial(counted, architecture)
     results = run_folder.read_json(args.out) if args.out.exists() else {}
     versions = f"torch {torch.__version__}, diffusers {diffusers.__version__}"
     common = {"versions": versions, "rounds": args.rounds, "load": os.getloadavg()[0]}
