@@ -44,26 +44,25 @@ def open_image(file: Path) -> Image.Image | None:
 def draw_run(run: Path) -> list[Path]:
     """Draw a run; return the paths.
 
-    reward_curve.png; progress.png and before_after.png, once a model after training was evaluated.
+    reward_curve.png; progress.png and before_after.png, where the last epoch was evaluated.
     """
     config = run_folder.read_json(run / "config.json")
     rows = run_folder.read_lines(run / "metrics.jsonl")
-    initial = held_out_images(run, 0)
-    images = {row["epoch"]: held_out_images(run, row["epoch"]) for row in rows}
-    images = {epoch: found for epoch, found in images.items() if len(found) == len(initial) > 0}
-    evaluated = [row for row in rows if row["epoch"] in images]
-    evaluated = [{"epoch": 0, **config["initial"]}, *evaluated]
+    numbers = held_out_numbers(run, 0)
+    kept = [row for row in rows if held_out_numbers(run, row["epoch"]) == numbers != []]
+    evaluated = [{"epoch": 0, **config["initial"]}, *kept]
     curves = draw_curves(rows, evaluated, config, run / "reward_curve.png")
-    if not images:
+    if kept[-1:] != rows[-1:]:  # the pictures show no other images than before
         return [curves]
 
-    images = {0: initial, **images}
-    epochs = list(images)
-    evenly = np.linspace(0, len(epochs) - 1, NUM_PROGRESS_ROWS)
-    chosen = [epochs[n] for n in sorted({round(n) for n in evenly})]
-    names = [f"epoch {epoch}" if epoch else "initial" for epoch in chosen]
-    progress = draw_rows([images[epoch] for epoch in chosen], names, run / "progress.png")
-    pairs = draw_pairs(initial, images[epochs[-1]], run / "before_after.png")
+    evenly = np.linspace(0, len(evaluated) - 1, NUM_PROGRESS_ROWS)
+    chosen = [evaluated[n]["epoch"] for n in sorted({round(n) for n in evenly})]
+    images = {epoch: found for epoch in chosen if (found := held_out_images(run, epoch))}
+    if not (0 in images and len(images) > 1):
+        return [curves]
+    names = [f"epoch {epoch}" if epoch else "initial" for epoch in images]
+    progress = draw_rows(list(images.values()), names, run / "progress.png")
+    pairs = draw_pairs(images[0], images[max(images)], run / "before_after.png")
     return [curves, progress, pairs]
 
 

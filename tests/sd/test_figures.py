@@ -82,6 +82,18 @@ def test_pictures_are_the_held_out_ones_of_each_evaluation(run, drawn):
     assert greys == [0, 10, 150, 160]  # the initial model, and the last
 
 
+def test_pictures_are_drawn_where_the_last_epoch_was_evaluated(run, drawn, monkeypatch):
+    opened, read = [], figures.open_image
+    monkeypatch.setattr(figures, "open_image", lambda file: opened.append(file) or read(file))
+    rows = run_folder.read_lines(run / "metrics.jsonl")
+    not_evaluated = ROW | {"epoch": 4, "eval_score": None, "watched": None}
+    run_folder.save_lines(run / "metrics.jsonl", [*rows, not_evaluated])
+    assert [path.name for path in figures.draw_run(run)] == ["reward_curve.png"]
+    assert lines(drawn[0].axes[0])[0][0] == [1, 2, 3, 4] and not opened
+    run_folder.save_lines(run / "metrics.jsonl", rows)
+    assert len(figures.draw_run(run)) == 3 and len(opened) == 3 * 2
+
+
 def test_where_people_judge_there_is_no_score_to_draw(run, drawn):
     config = run_folder.read_json(run / "config.json")
     config["initial"] = {"eval_score": None, "watched": None}
@@ -120,8 +132,8 @@ def test_no_figure_shows_a_model_that_was_not_drawn(run):
 def test_an_evaluation_that_lost_an_image_is_left_out(run, drawn, harm, epoch):
     harm(figures.held_out_file(run, epoch, 1))
     figures.draw_run(run)
-    if epoch == 0:
-        assert len(drawn) == 1  # there is nothing to compare with
+    if epoch == 0 or (epoch == 3 and harm is Path.unlink):
+        assert len(drawn) == 1  # there is nothing to compare with, or nothing new
         return
     left = {2: "epoch 3", 3: "epoch 2"}[epoch]
     assert [axis.get_ylabel() for axis in drawn[1].axes[::2]] == ["initial", left]
@@ -142,14 +154,17 @@ def test_a_limit_of_the_kl_is_drawn_with_the_kl_that_it_limits(run, drawn):
     assert held_out[0] == [0, 2, 3] and held_out[1][1:] == [20, 30] and limit[1] == [40, 40]
 
 
-def test_a_long_run_has_six_rows_evenly_apart(run, drawn):
+def test_a_long_run_has_six_rows_evenly_apart(run, drawn, monkeypatch):
     rows = [ROW | {"epoch": epoch, "eval_score": -1.0} for epoch in range(1, 21)]
     run_folder.save_lines(run / "metrics.jsonl", rows)
     for epoch in range(1, 21):
         picture(epoch).save(figures.held_out_file(run, epoch, 0))
     for path in run.glob("images/*_1.png"):
         path.unlink()
+    opened, read = [], figures.open_image
+    monkeypatch.setattr(figures, "open_image", lambda file: opened.append(file) or read(file))
     figures.draw_run(run)
+    assert len(opened) == 6  # no others are read
     names = [axis.get_ylabel() for axis in drawn[1].axes]
     assert names == ["initial", *(f"epoch {epoch}" for epoch in (4, 8, 12, 16, 20))]
 
