@@ -1,7 +1,7 @@
 """One command for a machine with a GPU: what holds there, how fast it is, and whether it learns.
 
     python -m sd.bench_gpu                 # under ten minutes on a current card; no download
-    python -m sd.bench_gpu --device cpu    # small networks: a trial of this script, half a minute
+    python -m sd.bench_gpu --device cpu    # small networks: a trial of this script, about a minute
 
 For each model and precision, checks come first: images and gradients are finite; the LoRA is
 float32, and all else of the network has its precision; gradients with checkpointing are those
