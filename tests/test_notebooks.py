@@ -150,11 +150,23 @@ def theory() -> dict[str, Number | Between]:
         "mean/margin_for_90_percent_by_mean": exactly(math.log(9) / 0.1 * ELEMENTS),
         "mean/clamp_upper_in_nats": exactly(ELEMENTS * math.log(1.1)),
         "mean/clamp_lower_in_nats": exactly(ELEMENTS * math.log(0.9)),
-        # 7: the slope of Eq. 14 at the start. 8: a closed form, as in limits.json
+        # 7: exact minima; stored runs
+        "two_stages/trees_smallest": Between(1 - 1e-6, 1 + 1e-9),
+        **{
+            f"two_stages/{name}": exactly(share[name])
+            for name in (
+                "whole chain, bridged pairs",
+                "whole chain (Eq. 5)",
+                "Eq. 14 (D3PO)",
+                "reward model, then DPOK",
+                "DPOK",
+            )
+        },
+        # 8: the slope of Eq. 14 at the start. 9: a closed form, as in limits.json
         "line_33/line 33 as printed": exactly(-0.05),
         "line_33/Eq. 14": exactly(0.05),
         "blow_up/slope_over_sigma_at_step_18": Number(slopes[18], 1e-3),
-        # 9: two ways to write one step, in float64; 2,000 chains
+        # 10: two ways to write one step, in float64; 2,000 chains
         "flow/euler_minus_ddim": Between(0, 1e-11),
         "flow/log_ratio_difference_nats": Between(0, 1e-9),
         "flow/mean_size_of_a_log_ratio_nats": Number(0.0925, 0.005),
