@@ -29,7 +29,7 @@ EMOJI = run_folder.ROOT / "toy" / "emoji_sd"
 EMOJI_PRESETS = """
     --epochs 24 --pairs-per-epoch 4 --images-per-prompt 8 --batch-size 4 --num-steps 10
     --guidance-scale 1 --lr 1.5e-3 --beta 0.15 --no-gradient-checkpointing
-    --eval-images 90 --eval-every 4 --max-kl 40
+    --eval-images 90 --eval-every 4 --max-kl 25
 """
 # A label is dear: used again, small first steps, an average in place of the last weights, a brake.
 # What measured best on the emoji model: sd/results/people.md
@@ -44,7 +44,6 @@ HUMAN_PRESETS = {  # few questions an epoch: a person soon sees what the clicks 
         {FEW_LABELS}""",
 }
 LABELS_PRESET = f"{CHAIN} --beta 0.06 {FEW_LABELS}"
-LABELS_ALONE = "--epochs 4"
 # Table 2 and Sec. 5.1 (4 GPUs, 2 batches of 10 pairs each): as released, and as Alg. 1 is printed
 TABLE_2 = """
     --epochs 400 --pairs-per-epoch 80 --images-per-prompt 2 --batch-size 1 --num-steps 20 --eta 1
@@ -61,7 +60,7 @@ EPILOG = f"""defaults of their own, after which comes what you type:
   the emoji model: {EMOJI_PRESETS.strip()}
   --objective human: {" ".join(HUMAN_PRESETS["human"].split())}
   --objective tags: {" ".join(HUMAN_PRESETS["tags"].split())}
-  --labels: {" ".join(LABELS_PRESET.split())}, and alone {LABELS_ALONE}
+  --labels: {" ".join(LABELS_PRESET.split())}, and alone as many --epochs as --passes
   --recipe paper: {RECIPES["paper"].strip()}
   --recipe alg1: the same, but --update-every timestep and no --clip
   --loss sft: {LOSS_PRESETS["sft"]}
@@ -228,7 +227,7 @@ def add_common_flags(add) -> None:
     strength = "strength of the KL, per nat of a summed log-prob; reward-weighted: temperature"
     add("--beta", 0.05, type=not_negative, metavar="BETA", help=strength)
     add("--lr", 3e-4, type=number, help="AdamW's largest step size")
-    braked = "by default 30 for people and --labels, 40 for the emoji model, else none"
+    braked = "by default 30 for people and --labels, 25 for the emoji model, else none"
     brake = f"stop before this KL of held-out images to the initial model, nats; {braked}"
     add("--max-kl", type=number, metavar="NATS", help=brake)
     add("--seed", 0, type=int, metavar="N", help="of everything")
@@ -255,7 +254,7 @@ def parse(argv: list[str] | None = None) -> tuple[ArgumentParser, Namespace]:
             saved = saved_settings(typed, defaults)
             settings = {**defaults, **saved, **typed, "out": saved["out"]}
         else:
-            settings = {**defaults, **presets(parser, typed), **typed}
+            settings = {**defaults, **presets(parser, typed, defaults), **typed}
             words = ["python", "sd_demo.py", *(sys.argv[1:] if argv is None else argv)]
             settings["command"] = shlex.join(words)
         args = Namespace(**settings, groups_given=0)  # main counts those of --labels
@@ -265,7 +264,7 @@ def parse(argv: list[str] | None = None) -> tuple[ArgumentParser, Namespace]:
     return parser, args
 
 
-def presets(parser: ArgumentParser, typed: dict) -> dict:
+def presets(parser: ArgumentParser, typed: dict, defaults: dict) -> dict:
     """What the model, people, the recipe and the loss set, in this order."""
 
     def settings_of(flags: str) -> dict:
@@ -285,7 +284,8 @@ def presets(parser: ArgumentParser, typed: dict) -> dict:
     settings |= settings_of(HUMAN_PRESETS.get(typed.get("objective"), ""))
     if "labels" in typed:
         settings |= settings_of(LABELS_PRESET)
-        settings |= settings_of("" if "objective" in typed else LABELS_ALONE)
+        if "objective" not in typed:  # an epoch is a pass
+            settings["epochs"] = typed.get("passes", defaults["passes"])
     if typed.get("recipe") in RECIPES:
         settings |= {**settings_of(RECIPES[typed["recipe"]]), "beta": None, "max_kl": None}
     return settings | settings_of(LOSS_PRESETS.get(typed.get("loss"), ""))

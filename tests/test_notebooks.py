@@ -247,7 +247,7 @@ def walkthrough() -> dict[str, Number | Between]:
         "emoji_step/accuracy_after": Between(0.7, 1),
         "emoji_step/gap_after": Between(5, 40),
         "emoji_lora/kb_before": Number(2.03, 0.05),
-        "emoji_lora/kb_after": Number(1.52, 0.1),
+        "emoji_lora/kb_after": Number(1.68, 0.1),
         "emoji_lora/smaller": Between(7, 8),
         "emoji_lora/named_before": Between(7, 8),
         "emoji_lora/named_after": Between(6, 8),

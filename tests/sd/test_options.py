@@ -121,7 +121,7 @@ def test_every_setting_of_the_presets_gives_way_to_what_is_typed():
     }
     parser, _ = options.build_parser()
     presets = [options.EMOJI_PRESETS, *options.RECIPES.values(), *options.HUMAN_PRESETS.values()]
-    presets += [options.LABELS_PRESET, options.LABELS_ALONE, *options.LOSS_PRESETS.values()]
+    presets += [options.LABELS_PRESET, *options.LOSS_PRESETS.values()]
     flags = [flag for preset in presets for flag in preset.split()]
     names = {name for preset in presets for name in vars(parser.parse_args(preset.split()))}
     assert names == others.keys() and "--recipe" not in flags
@@ -151,7 +151,7 @@ def test_the_papers_recipes_are_table_2_with_the_releases_clamp_and_without():
 
 
 def test_a_loss_has_a_strength_of_its_own():
-    for loss, beta, clip in (("sft", 0, None), ("ddpo", 0.06, 0.1), ("dpok", 0.06, None)):
+    for loss, beta, clip in (("sft", 0, None), ("ddpo", 0.15, 0.1), ("dpok", 0.15, None)):
         args = parse(f"{ON_EMOJI} --loss {loss}")
         assert (args.beta, args.clip) == (beta, clip)
         assert parse(f"{ON_EMOJI} --loss {loss} --beta 2").beta == 2
@@ -419,6 +419,7 @@ def test_the_bar_counts_what_is_to_do(max_kl, calls):
 
 def test_the_images_of_a_file_come_first():
     """Alone, its passes are the epochs; with an objective, they come before those that sample."""
+    assert parse("--labels a.csv").epochs == 4 and parse("--labels a.csv --passes 7").epochs == 7
     alone = parse("--labels a.csv --model some/thing --epochs 3")
     first = parse(f"{ANY} --labels a.csv --epochs 3 --passes 2")
     alone.groups_given = first.groups_given = 5
