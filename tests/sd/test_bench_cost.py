@@ -187,7 +187,7 @@ def test_one_command_writes_numbers_tables_and_a_figure(tmp_path, monkeypatch):
     _, emoji, *counted = results.values()
     assert all(row["seconds"][0] > 0 for row in emoji["rows"])
     assert len({row["name"] for row in emoji["rows"]}) == len(emoji["rows"])
-    assert [len(part["rows"]) for part in counted] == [12, 3, 3]
+    assert [len(part["rows"]) for part in counted] == [11, 3, 3]
     for part in counted:
         assert all("seconds" not in row and row["peak_gb"] > 0 for row in part["rows"])
     before, tables, after = out.with_suffix(".md").read_text().split(mark)
