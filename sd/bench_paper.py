@@ -396,8 +396,8 @@ def plot(axis, x: list, curves: np.ndarray, label: str) -> None:
     axis.fill_between(x, mean - sd, mean + sd, color=line.get_color(), alpha=0.15, linewidth=0)
 
 
-def draw(content: dict, folder: Path) -> None:
-    """Fig. 3: score and animals against images; Figs. 4 and 5: bad images against clicks."""
+def draw_scores(content: dict, path: Path) -> None:
+    """Fig. 3: score and animals against images."""
     names = ("compressibility", "incompressibility")
     figure = Figure(figsize=(11, 7), layout="constrained")
     axes = figure.subplots(2, 2, sharex=True)
@@ -413,8 +413,11 @@ def draw(content: dict, folder: Path) -> None:
         axes[1, column].set(xlabel="images sampled", ylabel="animals right (judge)", ylim=(0, 1.02))
         if axes[1, column].lines:
             axes[1, column].legend(fontsize=7)
-    figure.savefig(folder / FIGURES["incompressibility"], dpi=110)
+    figure.savefig(path, dpi=110)
 
+
+def draw_bad_shares(content: dict, path: Path) -> None:
+    """Figs. 4 and 5: bad images against clicks."""
     figure = Figure(figsize=(6, 4), layout="constrained")
     axis = figure.subplots()
     for recipe, results in content["tags"]["runs"].items():
@@ -422,9 +425,8 @@ def draw(content: dict, folder: Path) -> None:
         plot(axis, list(shares), np.array(list(shares.values())).T, recipe)
     axis.set(xlabel=f"clicks (groups of {TAGGED} images)", ylabel="share of bad images")
     axis.set_ylim(bottom=0)
-    if axis.lines:
-        axis.legend(fontsize=8)
-    figure.savefig(folder / FIGURES["tags"], dpi=110)
+    axis.legend(fontsize=8)
+    figure.savefig(path, dpi=110)
 
 
 def collect(found: dict[Job, dict]) -> dict:
@@ -450,8 +452,9 @@ def write(content: dict, folder: Path) -> None:
     """The numbers, the tables of the page, and the figures."""
     run_folder.save_json(folder / "paper.json", content)
     write_between(folder / "paper.md", MARK, page(content))
-    if any(panel["runs"] for panel in content.values()):
-        draw(content, folder)
+    for name, draw in (("incompressibility", draw_scores), ("tags", draw_bad_shares)):
+        if any(content[name]["runs"].values()):
+            draw(content, folder / FIGURES[name])
 
 
 def sweep_jobs(panel: str, quick: bool) -> list[Job]:
