@@ -88,9 +88,9 @@ def test_the_committed_page_has_the_committed_numbers():
     found = {(run["taste"], run["recipe"]): run["rows"] for run in runs}
     page = (bench_people.RESULTS / "people.md").read_text()
     assert page.split(bench_people.MARK)[1] == bench_people.table(found)
-    asked = set(bench_people.RECIPES) - {"previous"}  # whose seeds for "warm" are fewer
-    complete = {*product(("warm", "plain but intact"), asked), ("plain but intact", "previous")}
-    complete |= {("small files", "default"), ("right animal", "default")}
+    recipes = (*bench_people.RECIPES, "labels first")
+    complete = {*product(("warm", "plain but intact"), recipes), ("right animal", "default")}
+    complete |= {*product(["small files"], ("default", "previous", "Eq. 14"))}
     for key in [*complete, *product([FILE], bench_people.LABELS_FIRST)]:
         assert all(row["seeds"] == 5 for row in found[key]), key
     for run in runs:
