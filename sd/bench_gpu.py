@@ -56,10 +56,15 @@ TIMED = (
 LEARNED = ("score", "size above a blank image's", "animals right", "KL", "seconds")
 
 
-def load(device: str, precision: str, *flags: str) -> Setup:
+def start_with(device: str, precision: str) -> list[str]:
+    """Flags of a model, after what an earlier one left is forgotten."""
     free()
     AcceleratorState._reset_state(reset_partial_state=True)  # it has one precision at a time
-    return Setup(*flags, "--device", device, "--precision", precision)
+    return ["--device", device, "--precision", precision]
+
+
+def load(device: str, precision: str, *flags: str) -> Setup:
+    return Setup(*flags, *start_with(device, precision))
 
 
 def matrix_rate(device: str, precision: str) -> float:
@@ -169,10 +174,8 @@ def free() -> None:
 
 def learn(device: str, precision: str, out: Path) -> list[str]:
     """A column: the default run on the emoji model; on the CPU a very short one."""
-    free()
-    AcceleratorState._reset_state(reset_partial_state=True)
     flags = RUN + (TRIAL if device == "cpu" else "")
-    model = ["--model", str(options.EMOJI), "--device", device, "--precision", precision]
+    model = ["--model", str(options.EMOJI), *start_with(device, precision)]
     started = time.perf_counter()
     try:
         sd_demo.main([*flags.split(), *model, "--out", str(out)])
