@@ -257,7 +257,7 @@ def best(results: dict[Job, dict], method: str) -> Job | None:
         for job, result in results.items()
         if job.method == method and result["curve"]
     }
-    keeping = {job for job, (before, end) in ends.items() if end["animals"] >= KEPT * before}
+    keeping = [job for job, (before, end) in ends.items() if end["animals"] >= KEPT * before]
     if keeping:
         return max(keeping, key=lambda job: ends[job][1]["score"])
     return max(ends, key=lambda job: ends[job][1]["animals"], default=None)
@@ -337,11 +337,16 @@ def preferred(runs: dict[str, list[dict]]) -> dict[str, str]:
     return said
 
 
+def last(result: dict) -> dict | None:
+    """The end of a run's curve; None if it broke off."""
+    return result["curve"][-1] if result["curve"] else None
+
+
 def sweep_table(name: str, sweep: list[dict]) -> str:
     """Every point of the sweep of a panel."""
     rows = []
     for point in sweep:
-        end, strength = point["end"], PANELS[name].methods[point["method"]].strength
+        end, strength = last(point), PANELS[name].methods[point["method"]].strength
         value = "" if point["value"] is None else f"{strength} {point['value']:g}"
         row = {"method": point["method"], "lr": f"{point['lr']:g}", "strength": value}
         row |= {"score": end and f"{end['score']:.3f}", "chosen": "x" * point["chosen"]}
@@ -422,10 +427,12 @@ def draw_bad_shares(content: dict, path: Path) -> None:
     axis = figure.subplots()
     for recipe, results in content["tags"]["runs"].items():
         shares = bad_shares([result for result in results if result["judged"]])
-        plot(axis, list(shares), np.array(list(shares.values())).T, recipe)
+        if shares[0]:  # a run at least did not break off
+            plot(axis, list(shares), np.array(list(shares.values())).T, recipe)
     axis.set(xlabel=f"clicks (groups of {TAGGED} images)", ylabel="share of bad images")
     axis.set_ylim(bottom=0)
-    axis.legend(fontsize=8)
+    if axis.lines:
+        axis.legend(fontsize=8)
     figure.savefig(path, dpi=110)
 
 
@@ -437,7 +444,7 @@ def collect(found: dict[Job, dict]) -> dict:
         sweep = {job: result for job, result in of_panel.items() if job.seed == SWEEP_SEED}
         chosen = {best(sweep, method) for method in panel.methods}
         points = [
-            {**job._asdict(), "end": (result["curve"] or [None])[-1], "chosen": job in chosen}
+            {**job._asdict(), "curve": result["curve"], "chosen": job in chosen}
             for job, result in sweep.items()
         ]
         runs = {}
@@ -448,8 +455,17 @@ def collect(found: dict[Job, dict]) -> dict:
     return panels
 
 
+def shipped(folder: Path) -> dict:
+    """What paper.json has already."""
+    file = folder / "paper.json"
+    return run_folder.read_json(file) if file.exists() else collect({})
+
+
 def write(content: dict, folder: Path) -> None:
-    """The numbers, the tables of the page, and the figures."""
+    """The numbers, the tables of the page, and the figures; what ran elsewhere stays."""
+    for name, of_panel in shipped(folder).items():
+        content[name]["sweep"] = content[name]["sweep"] or of_panel["sweep"]
+        content[name]["runs"] = of_panel["runs"] | content[name]["runs"]
     run_folder.save_json(folder / "paper.json", content)
     write_between(folder / "paper.md", MARK, page(content))
     for name, draw in (("incompressibility", draw_scores), ("tags", draw_bad_shares)):
@@ -499,6 +515,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     work = args.work.resolve() / ("quick" if args.quick else "")
     work.mkdir(parents=True, exist_ok=True)
+    folder = work if args.quick else RESULTS
     found, seeds = {}, 1 if args.quick else args.seeds
     with ProcessPoolExecutor(args.processes, max_tasks_per_child=1) as pool:
 
@@ -507,13 +524,17 @@ def main(argv: list[str] | None = None) -> None:
             found.update(zip(jobs, pool.map(run, jobs, *each), strict=True))
 
         swept = dict.fromkeys(PANELS[panel].sweep or panel for panel in args.panels)
-        run_all([job for panel in swept for job in sweep_jobs(panel, args.quick)])
+        for panel in swept.keys() - set(args.panels):
+            for point in shipped(folder)[panel]["sweep"]:  # of an earlier start
+                found[Job(panel, *map(point.get, Job._fields[1:]))] = point
+        sweep = [job for panel in swept for job in sweep_jobs(panel, args.quick)]
+        run_all([job for job in sweep if job not in found])
         run_all([job for panel in args.panels for job in final_jobs(panel, found, seeds)])
     for panel in PANELS:  # those of earlier starts too
         found |= done(sweep_jobs(panel, args.quick), work)
     for panel in PANELS:
         found |= done(final_jobs(panel, found), work)
-    write(collect(found), work if args.quick else RESULTS)
+    write(collect(found), folder)
 
 
 if __name__ == "__main__":

@@ -338,23 +338,21 @@ def draw(found: dict[tuple[str, str], list[dict]], path: Path) -> None:
 
 
 def write(jobs: list[Job], work: Path, folder: Path) -> None:
-    """The numbers, the tables of the page, and the figure, of the runs that are done."""
+    """The numbers, the tables of the page, and the figure; what ran elsewhere stays."""
     results: dict[tuple[str, str], list[dict]] = {}
     for job in jobs:
         file = work / job.name / "quality.json"
         if file.exists():
             results.setdefault((job.taste, job.recipe), []).append(run_folder.read_json(file))
-    found = {key: summary(of_one) for key, of_one in results.items()}
-    content = [
-        {
-            "taste": taste,
-            "recipe": recipe,
-            "flags": results[taste, recipe][0]["flags"],
-            "rows": rows,
-        }
-        for (taste, recipe), rows in found.items()
-    ]
-    run_folder.save_json(folder / "people.json", {"runs": content})
+    file = folder / "people.json"
+    shipped = run_folder.read_json(file)["runs"] if file.exists() else []
+    content = {(of_one["taste"], of_one["recipe"]): of_one for of_one in shipped}
+    for (taste, recipe), of_one in results.items():
+        head = {"taste": taste, "recipe": recipe, "flags": of_one[0]["flags"]}
+        content[taste, recipe] = {**head, "rows": summary(of_one)}
+    keys = [key for key in product(TASTES, [*RECIPES, *LABELS_FIRST]) if key in content]
+    found = {key: content[key]["rows"] for key in keys}
+    run_folder.save_json(file, {"runs": [content[key] for key in keys]})
     write_between(folder / "people.md", MARK, table(found))
     draw(found, folder / "people.png")
     shown = work / Job("warm", "default", 0).name / "progress.png"

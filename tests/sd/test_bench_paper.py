@@ -1,6 +1,8 @@
 """sd/bench_paper.py: what a sweep chooses, what the tables count, and the committed page."""
 
+import builtins
 import json
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +17,10 @@ def job(value, method="DDPO", seed=5):
 
 
 def ended(score, animals):
-    curve = [{"score": -2.0, "animals": 0.9}, {"score": score, "animals": animals}]
+    curve = [
+        {"images": 0, "score": -2.0, "animals": 0.9},
+        {"images": 32, "score": score, "animals": animals},
+    ]
     return {"curve": curve, "judged": []}
 
 
@@ -36,6 +41,33 @@ def test_a_sweep_chooses_the_best_score_of_those_that_keep_the_animals():
     chosen = [final for final in finals if final.method == "DDPO"]
     assert [final.seed for final in chosen] == [0, 1, 2, 3, 4]
     assert {final.value for final in chosen} == {0.2}  # by the sweep of compressibility
+
+
+def test_a_part_that_runs_elsewhere_leaves_the_rest_and_finds_the_sweep(
+    tmp_path, monkeypatch, no_figures
+):
+    monkeypatch.setattr(bench_paper, "RESULTS", tmp_path)
+    sweep = {job(0.01): ended(-1.6, 0.9), job(0.1): ended(-1.5, 0.9)}
+    bench_paper.write(bench_paper.collect(sweep), tmp_path)
+    started = []
+
+    def run(one, work, quick):
+        started.append(one)
+        return ended(-1.9, 0.9)
+
+    monkeypatch.setattr(bench_paper, "run", run)
+    monkeypatch.setattr(bench_paper, "ProcessPoolExecutor", lambda *_, **__: nullcontext(builtins))
+    where = ["--work", str(tmp_path / "work")]
+    bench_paper.main([*where, "--panels", "incompressibility", "--seeds", "1"])
+    assert not {*sweep} & {*started}
+    finals = [one for one in started if one.panel == "incompressibility"]
+    assert [one.value for one in finals if one.method == "DDPO"] == [0.1]
+    bench_paper.main([*where, "--panels", "tags", "--seeds", "1"])
+    kept = json.loads((tmp_path / "paper.json").read_text())["compressibility"]["sweep"]
+    assert [point["value"] for point in kept if point["method"] == "DDPO"][:2] == [0.01, 0.1]
+    started.clear()
+    bench_paper.main([*where, "--panels", "compressibility", "--seeds", "1"])
+    assert {*sweep} <= {*started}  # who asks for a panel measures its sweep too
 
 
 def test_every_run_is_a_command_line_with_equally_many_images():

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 from sd_helpers import read_rows
 
-from sd import bench_people, options
+from sd import bench_people, options, run_folder
 from sd.bench import BLANK_KB
 from sd.bench_people import FILE, TASTES, Job, SimulatedPerson, Taste
 
@@ -81,6 +81,24 @@ def test_a_summary_compares_with_the_same_noises_before_training():
     assert start["win_rate"] == 0.5 and start["size"] == 0 and start["stopped"] == 0
     assert end["win_rate"] == 0.625 and end["size"] == pytest.approx(-0.5)
     assert end["stopped"] == 1 and end["failures"] == 0.75 and end["seconds"] == 7
+
+
+def test_a_part_that_runs_elsewhere_leaves_the_other_rows_of_the_page(tmp_path, no_figures):
+    row = {"scores": [0.0], "kb": 2.0, "animals": 0.5, "kl": 2.0, "labels": 0, "trained_on": 0}
+    jobs = [Job("small files", "default", 0), Job("warm", "default", 0), Job("warm", "Eq. 14", 0)]
+    for job in jobs:
+        result = {"flags": job.taste, "seconds": 1, "quality": [row]}
+        folder = tmp_path / job.recipe / job.name
+        folder.mkdir(parents=True)
+        run_folder.save_json(folder / "quality.json", result)
+    for recipe in ("default", "Eq. 14", "previous"):  # of the last nothing is done
+        bench_people.write(jobs, tmp_path / recipe, tmp_path)
+    runs = json.loads((tmp_path / "people.json").read_text())["runs"]
+    keys = [(run["taste"], run["recipe"]) for run in runs]
+    assert keys == [("warm", "default"), ("warm", "Eq. 14"), ("small files", "default")]
+    assert [run["flags"] for run in runs] == ["warm", "warm", "small files"]
+    page = (tmp_path / "people.md").read_text()
+    assert page.index("| warm | default") < page.index("| warm | Eq. 14") < page.index("| small")
 
 
 def test_the_committed_page_has_the_committed_numbers():
