@@ -183,7 +183,7 @@ def bridge(
         x[i + 1] = sqrt(ab_prev) x_end + sqrt(1 - ab_prev - sigma^2) eps + sigma z,    z ~ N(0, I)
         eps = (x[i] - sqrt(ab) x_end) / sqrt(1 - ab)
 
-    with ab relative to the alpha-bar of x_end, and the sigma that belongs to it.
+    with ab, ab_prev relative to x_end's alpha-bar, and sigma by Eq. 16 (1 - ab / ab_prev stays).
     x_T, x_end (B, *D): first state, and state number end (by default T, the final image).
     generator: as in `rollout`. Returns (end + 1, B, *D), both ends as they were given.
     Raises ValueError for unequal shapes or an end outside 1 ... T.   Source: DDIM, Eqs. 7 and 16.

@@ -60,6 +60,8 @@ def train(run: Run, epochs_done: int, bar: tqdm) -> None:
 
         # Score them, or ask people: lines 12-22
         labels = run.feedback.label(batches, epoch) if batches else []
+        if batches and not labels:  # people end the run, and these they did not answer
+            break
         labelled = time.perf_counter()
         new = [
             LabelledBatch(
@@ -107,7 +109,6 @@ def train(run: Run, epochs_done: int, bar: tqdm) -> None:
                 "labels": memory.labels,
                 **metrics.mean_score(rows),
                 **metrics.label_counts(rows),
-                "bad_share": metrics.bad_share(rows),
                 **metrics.eval_row(eval_result, initial_eval),
                 **metrics.preference_metrics(log_ratios if epoch > 1 else [], args.beta),
                 **metrics.kl(log_ratios if new else []),
@@ -236,8 +237,7 @@ def start(parser: ArgumentParser, args: Namespace, lock: run_folder.Lock) -> Non
         given = Given(args, accelerator)
         prompts = given.prompts if args.prompts is None else load_prompts(args.prompts)
         eval_prompts = load_prompts(args.eval_prompts) if args.eval_prompts else prompts
-        others = {*given.prompts, *eval_prompts} - {*prompts}
-        numbered = [*prompts, *sorted(others)]
+        numbered = [*prompts, *sorted({*given.prompts, *eval_prompts} - {*prompts})]
         names = {"numbered": numbered, "eval_prompts": eval_prompts}
         model = load_model(args, prompts, accelerator, on_call=bar.update, **names)
         feedback = (HumanFeedback if people else ScorerFeedback)(args, prompts, accelerator)

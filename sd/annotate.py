@@ -72,8 +72,8 @@ class AnnotationServer:
 
     run: the folder with labels.jsonl and images/. annotators: answers that each question needs,
     from as many people. seed: of left and right. port: None for the first free one from 7860.
-    guide: what the page asks; None for its own words. story: the run whose images before and after
-    training the page shows, where it is another folder. `finished`: somebody wants the run to end.
+    guide: what the page asks; None for its own words. story: of a blind test, the run whose images
+    before and after training the page shows. `finished`: somebody wants the run to end.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class AnnotationServer:
         story: Path | None = None,
     ):
         self.run, self.annotators, self.seed, self.port = run, annotators, seed, port
-        self.story = story or run
+        self.story, self._blind = story or run, story is not None
         self.file, self.url, self.kappa = run / "labels.jsonl", None, math.nan
         self.guide, self.finished, self._progress = guide, False, {}
         self._story, self._code = {}, None
@@ -161,7 +161,8 @@ class AnnotationServer:
         self._open()
         self.status("")
         people = f"{self.annotators} to answer at {self.url}"
-        tqdm.write(f"Epoch {epoch}: {len(questions)} questions for {people}")
+        what = "Blind test" if self._blind else f"Epoch {epoch}"
+        tqdm.write(f"{what}: {len(questions)} questions for {people}")
         with self._changed:
             self._hurry = False
             while True:  # the last answer can be taken back for a moment
@@ -169,7 +170,8 @@ class AnnotationServer:
                 self._changed.wait_for(lambda: self._missing() > 0 or self._hurry, UNDO_SECONDS)
                 if self._missing() == 0:
                     break
-            self._questions, self._status = {}, f"Training, epoch {epoch}"
+            self._questions = {}
+            self._status = "Comparing" if self._blind else f"Training, epoch {epoch}"
 
     def _missing(self) -> int:
         """Answers that are still to come."""
@@ -219,7 +221,8 @@ class AnnotationServer:
             is_last = self._is_last(name)
             wait = f"Thank you. Others have {self._missing()} answers to give."
             if is_last:
-                wait = "Thank you. Training starts in a moment."
+                then = "The result comes" if self._blind else "Training starts"
+                wait = f"Thank you. {then} in a moment."
             state = {
                 "questions": asked if is_open else [],
                 "status": wait if self._questions else self._status,
@@ -265,11 +268,16 @@ class AnnotationServer:
             raise HTTPError(400, 'send an object of id and end: "questions" or "run"')
         with self._changed:
             self._find_question(str(sent.get("id")).rpartition("-")[0])
-            for question in self._questions.values():
+            finished, questions = sent["end"] == "run", self._questions.values()
+            forget = finished and not any(question.answers for question in questions)
+            for question in questions:
                 for missing in range(self.annotators - len(question.answers)):
                     name = f"{NOBODY} {missing + 1})" if self.annotators > 1 else None
-                    self._keep(question, name, None)
-            self.finished, self._hurry = sent["end"] == "run", True
+                    if forget:  # a run that is resumed asks again
+                        question.answers[name] = None
+                    else:
+                        self._keep(question, name, None)
+            self.finished, self._hurry = finished, True
             self._changed.notify_all()
         return JSONResponse({"ended": True})
 

@@ -319,8 +319,9 @@ def table(found: dict[tuple[str, str], list[dict]]) -> str:
 def draw(found: dict[tuple[str, str], list[dict]], path: Path) -> None:
     """Win rate against labels, and below it the animals recognised, for each taste."""
     tastes = list(dict.fromkeys(taste for taste, _ in found if taste != FILE))
-    figure = Figure(figsize=(4 * len(tastes), 6), layout="constrained")
+    figure = Figure(figsize=(4 * len(tastes), 6.4), layout="constrained")
     axes = figure.subplots(2, len(tastes), squeeze=False)
+    names = [name for name in [*RECIPES, *LABELS_FIRST] if any(name == key[1] for key in found)]
     for (taste, recipe), rows in found.items():
         if taste not in tastes:
             continue
@@ -328,12 +329,13 @@ def draw(found: dict[tuple[str, str], list[dict]], path: Path) -> None:
         is_right = taste == "right animal"
         quality = [1 - row["failures"] if is_right else row["win_rate"] for row in rows]
         style = {"linewidth": 2.5 if recipe == "default" else 1.2, "marker": "o", "markersize": 4}
+        style |= {"color": f"C{names.index(recipe)}"}
         column[0].plot(labels, quality, label=recipe, **style)
         column[1].plot(labels, [row["animals"] for row in rows], **style)
         column[0].set(title=taste, ylabel="right (the taste)" if is_right else "win rate")
         column[1].set(xlabel="clicks", ylabel="animals recognised (judge)", ylim=(0, 1.02))
-    for axis in axes[0]:
-        axis.legend(fontsize=7)
+    lines = {line.get_label(): line for axis in axes[0] for line in axis.lines}
+    figure.legend(handles=lines.values(), loc="outside lower center", ncols=len(names))
     figure.savefig(path, dpi=110)
 
 

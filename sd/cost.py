@@ -125,8 +125,16 @@ def describe(cost: Cost, model: Model, args: Namespace) -> str:
     epoch = ""
     if args.groups_given:
         passes = passes_over_given(args)
-        epoch = f"Passes over the {args.groups_given} groups of --labels: {passes}.\n"
-    if args.objective:
+        epoch = (
+            f"Passes over the {args.groups_given} groups of --labels: {passes}; their images are "
+            "resized and centre-cropped to the model's size.\n"
+        )
+    if args.evaluate:
+        epoch = (
+            f"Initial and tuned model draw from {args.eval_images} noises, compared by "
+            f'{args.objective}; then at the pipeline\'s own settings, which is "stock".\n'
+        )
+    elif args.objective:
         again = f", and {args.replay} batches of earlier ones" if args.replay else ""
         epoch += (
             f"Objective {args.objective}. An epoch: {args.pairs_per_epoch} groups of "
@@ -137,8 +145,8 @@ def describe(cost: Cost, model: Model, args: Namespace) -> str:
         )
     first = " ".join(model.prompts[0].split())
     beside = "" if cost.memory_known else " of weights; what training adds is not known here"
-    strength = f"--loss {args.loss}.\n"
-    if args.loss in ("eq14", "eq12", "chain"):
+    strength = "" if args.evaluate else f"--loss {args.loss}.\n"
+    if strength and args.loss in ("eq14", "eq12", "chain"):
         strength = (
             f"beta {args.beta:.3g} per nat of a step's log-ratio, a sum over {D:,} latent elements;"
             f"\nas {args.beta * D:.3g} for their mean, which the released code takes. "

@@ -59,6 +59,7 @@ class ScorerFeedback:
         """The labels of each batch (Alg. 1 lines 12-22).
 
         When this returns, those of all processes are in labels.jsonl, and the images are kept.
+        None where people end the run before they answer any.
         """
         asked = [self.compare(batch, epoch) for batch in batches]
         for batch in batches:
@@ -67,6 +68,8 @@ class ScorerFeedback:
         rows = gather_object([label.row for labels in asked for label in labels])
         is_main = self.accelerator.is_main_process
         (rows,) = broadcast_object_list([self.collect_labels(rows) if is_main else None])
+        if not rows:
+            return []
         own = len(rows) // self.accelerator.num_processes
         answered = iter(rows[self.accelerator.process_index * own :])
         return [[label._replace(row=next(answered)) for label in labels] for labels in asked]
@@ -158,7 +161,10 @@ class HumanFeedback(ScorerFeedback):
         if args.annotators > 1:
             kappa = self.server.kappa
             tqdm.write(f"Agreement of the {args.annotators} annotators: Fleiss' kappa {kappa:.2f}")
-        return answered
+        given = read_labels(self.server.file, rows).values()
+        votes = [vote for of_one in given for vote in of_one.values() if vote is not None]
+        has_model = rows[0]["epoch"] > 1
+        return [] if self.finished and has_model and not votes else answered
 
     def save_image(self, image: Image.Image, file: Path) -> None:
         """Save an image. One that people may have judged is not replaced by another: LabelError."""

@@ -119,7 +119,7 @@ def draw_kl(axis, rows: list[dict], evaluated: list[dict], config: dict) -> None
         axis.plot(*held_out, "ko-", markersize=4, label="held out")
         axis.axhline(config["max_kl"], color="black", linestyle=":", label="--max-kl")
     axis.set(ylabel="KL to the initial model (nats an image)", ylim=(0, None))
-    axis.legend()
+    axis.legend(loc="upper left")
 
 
 def draw_watched(axis, rows: list[dict], evaluated: list[dict], config: dict) -> None:

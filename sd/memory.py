@@ -211,8 +211,6 @@ class Given:
             opened = [open_image(file, size) for file in images]
             x_0 = encode(pipe, opened, names=[str(file) for file in images]).cpu()
             groups.append(Group(prompt, x_0, None, torch.tensor(pairs)))
-        shape = f"{size[0]} x {size[1]}"
-        tqdm.write(f"The images of the file are resized and centre-cropped to {shape}.")
         return groups
 
 

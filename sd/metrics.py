@@ -124,12 +124,14 @@ def mean_and_error(scores: Tensor) -> tuple[float, float] | tuple[None, None]:
 def label_counts(rows: list[dict]) -> dict:
     """How many labels of an epoch say which image is better, and how many images have no score.
 
-    rows: lines of labels.jsonl; None for both where there are none, as in a pass over --labels.
+    And the share of images that were tagged bad. rows: lines of labels.jsonl; None for all where
+    there are none, as in a pass over --labels.
     """
     if not rows:
-        return {"preferences": None, "unscored": None}
+        return {"preferences": None, "unscored": None, "bad_share": None}
     unscored = sum(None in scores for scores in scores_by_image(rows))
-    return {"preferences": sum(map(has_preference, rows)), "unscored": unscored}
+    preferences = sum(map(has_preference, rows))
+    return {"preferences": preferences, "unscored": unscored, "bad_share": bad_share(rows)}
 
 
 def nothing_to_learn(run: Path) -> str | None:
@@ -152,7 +154,7 @@ def win_rate(h: Tensor) -> dict:
     share = (h.double().mean().item() + 1) / 2
     middle = share + z * z / (2 * n)
     half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    interval = [end / (1 + z * z / n) for end in (middle - half, middle + half)]
+    interval = [round(end / (1 + z * z / n), 12) for end in (middle - half, middle + half)]
     return {"pairs": n, "win_rate": share, "win_rate_interval": interval}
 
 

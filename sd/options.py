@@ -204,16 +204,17 @@ def build_parser() -> tuple[ArgumentParser, dict]:
 def add_common_flags(add) -> None:
     """With the usage and the description, they fit on a screen of 40 lines."""
     objectives = (
-        "compressibility, incompressibility, aesthetic, alignment, or FILE.py:FUNCTION of (images, "
-        "prompts) -> numbers, None for no score; several with commas: better is who is worse in "
-        "none and better in one. Or ask people on a page: human (which of two is better?), tags "
-        "(which are bad?)"
+        "compressibility, incompressibility, aesthetic, alignment, or FILE.py:FUNCTION of (PIL "
+        "images, prompts) -> numbers, None for no score; several with commas: better is who is "
+        "worse in none and better in one. Or ask people on a page: human (which of two is "
+        "better?), tags (which are bad?)"
     )
     add("--objective", help=objectives)
     files = ".jsonl, .json, .csv, .tsv, or a folder with w/ and l/: see sd/label_files.py"
     add("--labels", metavar="FILE", help=f"learn from labels that are there already: {files}")
     lists = "animals, hand, unsafe (App. C), or a file: .jsonl, .json, .csv, .tsv, else lines"
-    add("--prompts", help=f"{lists}; by default animals, with --labels alone those of its file")
+    kept = "by default animals; with --labels alone, but for emoji, its own"
+    add("--prompts", help=f"{lists}; {kept}")
     models = "hub id, folder or .safetensors file of SD, SDXL, SD3 or Flux"
     where = "by default SD 1.5 with CUDA, else the bundled emoji model"
     add("--model", help=f"{models}; {where}")

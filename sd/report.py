@@ -42,7 +42,7 @@ def usage(run: Path, prompt: str, *, pipeline: str, flow: bool) -> str:
         "import torch",
         f"from diffusers import {'' if flow else 'DDIMScheduler, '}{pipeline}",
         "",
-        f"pipe = {pipeline}.{load}({args.model!r}, torch_dtype=torch.{dtype})",
+        f"pipe = {pipeline}.{load}({args.model!r}, dtype=torch.{dtype})",
         'pipe.to("cuda" if torch.cuda.is_available() else "cpu")',
     ]
     if not flow:  # a scheduler's default for the last step is another

@@ -1,6 +1,7 @@
 """The layout of the repository, read from its source: who imports whom, and how long files are."""
 
 import ast
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -41,10 +42,21 @@ def module_name(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
+def own_files() -> list[Path]:
+    """The Python files that git knows, so that a scorer of your own may stand here; else all."""
+    command = ["git", "ls-files", "-z", "*.py"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    return [path for name in done.stdout.split("\0") if (path := ROOT / name).is_file()]
+
+
 def files_in(*folders: str) -> list[Path]:
     """The Python files beside README.md, and those in these folders."""
-    inside = [path for folder in folders for path in ROOT.glob(f"{folder}/**/*.py")]
-    return sorted([*ROOT.glob("*.py"), *inside])
+    found = []
+    for path in own_files() or ROOT.rglob("*.py"):
+        top, *inside = path.relative_to(ROOT).parts
+        if not inside or top in folders:
+            found.append(path)
+    return sorted(found)
 
 
 FILES = files_in("sd", "toy", "tests", "notebooks")

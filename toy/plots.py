@@ -115,9 +115,8 @@ def draw_comparison(result: dict, points: dict[str, list] | None, out: Path) -> 
 
     points: of every method; without them their figure stays as it is.
     """
-    lines = [
-        (line, colour) for line in ("-", "--", ":") for colour in colormaps["tab10"].colors[:5]
-    ]
+    shapes = zip(("o-", "s--", "^:"), ("-", "--", ":"), strict=True)
+    lines = [(*shape, colour) for shape in shapes for colour in colormaps["tab10"].colors[:5]]
     styles = dict(zip(result["methods"], lines, strict=False))
     figures = {
         "compare_score": _score_figure(result, styles),
@@ -144,7 +143,7 @@ def _score_figure(result: dict, styles: dict) -> Figure:
                 samples = [2 * point["labels"] for point in method["curve"]]
                 mean = np.array([point["score"]["mean"] for point in method["curve"]])
                 sd = np.array([point["score"]["sd"] for point in method["curve"]])
-                line, colour = styles[name]
+                _, line, colour = styles[name]
                 axis.plot(samples, mean, line, color=colour, label=name)
                 axis.fill_between(
                     samples, mean - sd, mean + sd, color=colour, alpha=0.15, linewidth=0
@@ -162,7 +161,7 @@ def _score_figure(result: dict, styles: dict) -> Figure:
 
 def _frontier_figure(result: dict, styles: dict) -> Figure:
     """Score against KL: the sweep of each method at its best step size, and the exact frontiers."""
-    figure = Figure(figsize=(8.5, 6), layout="constrained")
+    figure = Figure(figsize=(12, 7), layout="constrained")
     axis = figure.subplots()
     frontiers = {"star": "exact frontier, all chains", "gauss": "best chains of Gaussian steps"}
     for (kind, label), line in zip(frontiers.items(), ("k-", "k--"), strict=True):
@@ -175,14 +174,13 @@ def _frontier_figure(result: dict, styles: dict) -> Figure:
     for name, method in result["methods"].items():
         at_best_lr = [row for row in method["sweep"] if row["lr"] == method["lr"]]
         shown = [row for row in at_best_lr if not row["failed"] and row["kl"] < 8]
-        line, colour = styles[name]
+        line, _, colour = styles[name]
         kls = [row["kl"] for row in shown]
         scores = [row["score"] for row in shown]
-        axis.plot(kls, scores, line, marker="o", color=colour, label=name)
-    axis.set(xlabel="KL to the reference (nats)", ylabel="mean score", xlim=(-0.1, 5))
-    axis.set_title("What the score costs")
-    title = "one point for each hyperparameter of the sweep; numbers: beta"
-    axis.legend(fontsize=7, title=title, title_fontsize=7)
+        axis.plot(kls, scores, line, color=colour, label=name)
+    axis.set(xlabel="KL to the reference (nats)", ylabel="mean score")
+    axis.set_title("What the score costs: a point for each of a sweep's values; numbers: beta")
+    figure.legend(loc="outside right center")
     return figure
 
 

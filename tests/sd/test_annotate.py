@@ -113,9 +113,9 @@ def read_rows(run: Path) -> list[dict]:
 class Session:
     """A server that asks in a thread, and people's requests to it."""
 
-    def __init__(self, run: Path, questions: list[dict], annotators: int = 1):
+    def __init__(self, run: Path, questions: list[dict], annotators: int = 1, **more):
         (run / "labels.jsonl").touch()
-        self.server = annotate.AnnotationServer(run, annotators, 0)
+        self.server = annotate.AnnotationServer(run, annotators, 0, **more)
         self.ask(questions)
 
     def ask(self, questions: list[dict]) -> None:
@@ -156,8 +156,8 @@ def start(tmp_path, monkeypatch):
     monkeypatch.setattr(annotate, "UNDO_SECONDS", 0)
     sessions = []
 
-    def starter(questions, annotators=1):
-        sessions.append(Session(tmp_path, questions, annotators))
+    def starter(questions, annotators=1, **more):
+        sessions.append(Session(tmp_path, questions, annotators, **more))
         return sessions[-1]
 
     yield starter
@@ -419,6 +419,24 @@ def test_finish_skips_for_all_and_is_remembered(start, tmp_path):
     assert [row["h"] for row in session.finish()] == [1, 0, 0, 0] and session.server.finished
     again = annotate.AnnotationServer(tmp_path, 2, 0).ask(make_questions(tmp_path))
     assert [row["h"] for row in again] == [1, 0, 0, 0]  # nobody is asked again
+
+
+def test_finish_before_any_answer_skips_nothing_for_good(start, tmp_path):
+    session = start(make_questions(tmp_path), annotators=2)
+    assert post_end(session, session.open("Ann")[0]["id"], "run").status == 200
+    session.finish()
+    assert session.server.finished and read_rows(tmp_path) == []
+
+
+def test_a_blind_test_does_not_speak_of_training(start, tmp_path, monkeypatch):
+    monkeypatch.setattr(annotate, "UNDO_SECONDS", WAIT)
+    for story, words in ((tmp_path, "The result comes"), (None, "Training starts")):
+        session = start(make_questions(tmp_path, N=1), story=story)
+        session.answer(1)
+        assert words in session.state()["status"]
+        post_end(session, session.state()["last"], "questions")
+        session.finish()
+        (tmp_path / "labels.jsonl").unlink()
 
 
 def test_there_are_as_many_places_as_annotators(start, tmp_path):

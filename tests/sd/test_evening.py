@@ -98,9 +98,10 @@ def test_an_evening(start, tmp_path, monkeypatch):  # noqa: F811
 
     # The same answers from the file, without a page: the same bytes
     def ask(server, questions, progress):
-        epoch, file = questions[0]["epoch"], tmp_path / "labels.jsonl"
-        save_lines(file, [row for row in read_lines(out / "labels.jsonl") if row["epoch"] == epoch])
-        answers = read_labels(file, questions).values()
+        epoch = questions[0]["epoch"]
+        given = [row for row in read_lines(out / "labels.jsonl") if row["epoch"] == epoch]
+        save_lines(server.file, given)
+        answers = read_labels(server.file, questions).values()
         server.finished = epoch == 3
         return [
             {**row, "h": majority(row, list(of_one.values()))}

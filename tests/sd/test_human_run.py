@@ -261,6 +261,46 @@ def test_train_now_takes_the_answers_so_far_and_finish_ends_the_run(tiny, tmp_pa
     }
 
 
+def test_finish_before_any_answer_trains_nothing_and_a_resumed_run_asks_again(
+    tiny, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(annotate, "FAREWELL_SECONDS", 0)
+    monkeypatch.setattr(annotate, "UNDO_SECONDS", 0)
+    out, asked = tmp_path / "run", []
+    page = Page(out, free_port())
+
+    def answer_and_end(*answers):
+        def people():
+            for count in answers:
+                until(lambda: is_serving(page) and open_questions(page))
+                questions = open_questions(page)
+                asked.append([question["images"] for question in questions])
+                for question in questions[:count]:
+                    assert post_answer(page, question["id"], 1).status == 200
+                if count < len(questions):
+                    end(page, questions[count], "run")
+                until(lambda: not is_serving(page) or not open_questions(page))
+
+        thread = threading.Thread(target=people, daemon=True)
+        thread.start()
+        return thread
+
+    thread = answer_and_end(4, 0)
+    flags = ["--port", str(page.port)]
+    sd_demo.main([*new_run(tiny, out, "--objective human --epochs 5"), *flags])
+    thread.join(WAIT)
+    before = lora_of(out)
+    assert last_metrics(out)["epoch"] == 1 and {row["epoch"] for row in read_rows(out)} == {1}
+    assert (out / "report.html").exists()
+
+    thread = answer_and_end(1)
+    sd_demo.main(["--resume", str(out), *flags])
+    thread.join(WAIT)
+    assert last_metrics(out)["epoch"] == 2 and lora_of(out) != before
+    assert [row["h"] for row in read_rows(out)] == [1] * 5 + [None] * 3
+    assert [len(images) for images in asked] == [4, 4, 4]
+
+
 @pytest.mark.slow
 def test_a_blind_test_may_stop_early(tiny, tmp_path, monkeypatch):
     """Its page ends with the result, the training's images, and how to use the LoRA."""

@@ -196,27 +196,27 @@ def test_scores_that_are_missing_are_in_no_mean():
         {"images": ["b", "c"], "scores": [None, 4.0], "h": None},
     ]
     assert metrics.mean_score(rows) == {"score": 2.5, "score_sem": pytest.approx(1.5)}
-    assert metrics.label_counts(rows) == {"preferences": 1, "unscored": 1}
+    assert metrics.label_counts(rows) == {"preferences": 1, "unscored": 1, "bad_share": None}
     assert metrics.mean_score(rows[:1])["score"] == 1
     none = [{"images": ["a", "b"], "scores": [None, None], "h": None}]
     assert metrics.mean_score(none) == {"score": None, "score_sem": None}
-    assert metrics.label_counts(none) == {"preferences": 0, "unscored": 2}
+    assert metrics.label_counts(none) == {"preferences": 0, "unscored": 2, "bad_share": None}
 
 
 def test_an_image_has_no_score_where_one_of_several_scorers_gave_none():
     rows = [{"images": ["a", "b"], "scores": [[1.0, None], [3.0, 9.0]], "h": None}]
     assert metrics.mean_score(rows)["score"] == 2
-    assert metrics.label_counts(rows) == {"preferences": 0, "unscored": 1}
+    assert metrics.label_counts(rows) == {"preferences": 0, "unscored": 1, "bad_share": None}
 
 
 def test_labels_of_people_and_of_files_are_counted():
     tags = [
         {"images": ["a", "b"], "scores": None, "bad": bad} for bad in ([True, False], [True] * 2)
     ]
-    assert metrics.label_counts(tags) == {"preferences": 1, "unscored": 0}
+    assert metrics.label_counts(tags) == {"preferences": 1, "unscored": 0, "bad_share": 0.75}
     pairs = [{"images": ["a", "b"], "scores": None, "h": h} for h in (1, 0, -1, 0)]
-    assert metrics.label_counts(pairs) == {"preferences": 2, "unscored": 0}
-    assert metrics.label_counts([]) == {"preferences": None, "unscored": None}
+    assert metrics.label_counts(pairs) == {"preferences": 2, "unscored": 0, "bad_share": None}
+    assert metrics.label_counts([]) == dict.fromkeys(("preferences", "unscored", "bad_share"))
 
 
 def test_the_win_rate_is_that_of_images_with_a_score():
