@@ -7,7 +7,8 @@
 Each run is sd_demo.py as it is. In a panel every method gets equally many images. Its step size and
 strength come from one sweep on a seed of its own, which the page shows whole. Each run is judged on
 noises that no training saw; a network that takes no part in any training names the animals. Writes
-into sd/results: paper.json, the tables of paper.md, and two figures.
+into sd/results: paper.json, the tables of paper.md, and two figures. What stands there of other
+panels stays; a panel that takes the sweep of another finds it there.
 """
 
 import itertools

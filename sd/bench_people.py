@@ -6,7 +6,8 @@
 Each run is sd_demo.py as it is, on the emoji model, with a `SimulatedPerson` in the place of the
 page. Afterwards the LoRA of some of its epochs is judged on noises that no training saw: by the
 taste itself without its noise, by a network that knows the animals, and by the KL to the initial
-model. Writes into sd/results: people.json, the tables of people.md, and two figures.
+model. Writes into sd/results: people.json, the tables of people.md, and two figures. What stands
+there of other tastes and recipes stays.
 """
 
 import shutil
