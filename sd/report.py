@@ -54,6 +54,7 @@ def usage(run: Path, prompt: str, *, pipeline: str, flow: bool) -> str:
         lines += [f"pipe.load_lora_weights({args.init_lora!r})", "pipe.fuse_lora()"]
         lines += ["pipe.unload_lora_weights()"]
     lines += [
+        "# That it finds no keys of the text encoder is as it should be",
         f"pipe.load_lora_weights({str(run.resolve() / 'lora')!r})",
         f"image = pipe({prompt!r}, {settings}).images[0]",
         'image.save("image.png")',
