@@ -106,7 +106,7 @@ class Panel(NamedTuple):
 
 EVALUATION = f"--eval-images 90 --eval-every 4 --watch {CLASSIFIER}:recognised_by_judge"
 ALIGNMENT = f"--objective {CLASSIFIER}:log_probability --num-steps 3 --epochs 40 {EVALUATION}"
-TABLE_1 = ("default", "Eq. 14, as released", "Reward Weighted", "preferred images")
+LOWER = (1e-4, *RATES)  # at three steps, what RATES has is too large for some
 PANELS = {
     "compressibility": Panel(
         "Fig. 3",
@@ -133,8 +133,9 @@ PANELS = {
         ALIGNMENT,
         classifier.log_probability,
         {
-            **{name: METHODS[name] for name in TABLE_1},
-            "Reward Weighted": METHODS["Reward Weighted"]._replace(values=(0.3, 1.0)),
+            **{name: METHODS[name] for name in ("default", "Eq. 14, as released")},
+            "Reward Weighted": METHODS["Reward Weighted"]._replace(lrs=LOWER, values=(0.3, 1.0)),
+            "preferred images": METHODS["preferred images"]._replace(lrs=LOWER),
         },
         noises=360,
         compared=True,
@@ -309,7 +310,7 @@ def quality_table(name: str, runs: dict[str, list[dict]]) -> str:
         rows.append(row | ({"preferred": picked.get(method, "")} if panel.compared else {}))
     said = (
         f"Best with {KEPT:.0%} of the animals: {max(means, key=means.get)}.\n"
-        if len(panel.methods) > 1 and means
+        if len(panel.methods) > 1 and means and all(map(runs.get, panel.methods))
         else ""
     )
     none = f"No fine-tuning is preferred in {picked['none']}.\n" if picked else ""
