@@ -322,7 +322,7 @@ def draw(found: dict[tuple[str, str], list[dict]], path: Path) -> None:
     tastes = list(dict.fromkeys(taste for taste, _ in found if taste != FILE))
     figure = Figure(figsize=(4 * len(tastes), 6.4), layout="constrained")
     axes = figure.subplots(2, len(tastes), squeeze=False)
-    names = [name for name in [*RECIPES, *LABELS_FIRST] if any(name == key[1] for key in found)]
+    names = list(dict.fromkeys(recipe for taste, recipe in found if taste in tastes))
     for (taste, recipe), rows in found.items():
         if taste not in tastes:
             continue

@@ -161,10 +161,11 @@ class HumanFeedback(ScorerFeedback):
         if args.annotators > 1:
             kappa = self.server.kappa
             tqdm.write(f"Agreement of the {args.annotators} annotators: Fleiss' kappa {kappa:.2f}")
-        given = read_labels(self.server.file, rows).values()
-        votes = [vote for of_one in given for vote in of_one.values() if vote is not None]
-        has_model = rows[0]["epoch"] > 1
-        return [] if self.finished and has_model and not votes else answered
+        if self.finished and rows[0]["epoch"] > 1:  # there is a model
+            given = read_labels(self.server.file, rows).values()
+            if all(vote is None for of_one in given for vote in of_one.values()):
+                return []
+        return answered
 
     def save_image(self, image: Image.Image, file: Path) -> None:
         """Save an image. One that people may have judged is not replaced by another: LabelError."""

@@ -43,9 +43,15 @@ def module_name(path: Path) -> str:
 
 
 def own_files() -> list[Path]:
-    """The Python files that git knows, so that a scorer of your own may stand here; else all."""
+    """The Python files that git knows, so that a scorer of your own may stand here.
+
+    None where git is not there, or knows none.
+    """
     command = ["git", "ls-files", "-z", "*.py"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    except OSError:
+        return []
     return [path for name in done.stdout.split("\0") if (path := ROOT / name).is_file()]
 
 
