@@ -60,9 +60,8 @@ class Method(NamedTuple):
 
 RATES = (5e-4, 1.5e-3)
 METHODS = {
-    "default": Method(GROUPS, (1.5e-3,), (0.06, 0.1, 0.15)),
+    "default": Method(GROUPS, (1.5e-3,), (0.06, 0.1, 0.15, 0.3)),
     "Eq. 14, as released": Method(f"--recipe paper {PAIRS} {NO_BRAKE}", (3e-5, 3e-4, 1.5e-3)),
-    "Eq. 14, as printed": Method(f"--recipe alg1 {PAIRS} {NO_BRAKE}", (3e-5, 3e-4)),
     "whole chain, earlier labels": Method(
         f"{GROUPS} --loss chain --update-every trajectory --batch-size 1 --replay 4 "
         f"--average-weights {NO_BRAKE}",
