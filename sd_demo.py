@@ -82,9 +82,9 @@ def train(run: Run, epochs_done: int, bar: tqdm) -> None:
             if n < len(new) or not new:
                 log_ratios.append(run.log_ratios(batch, ref_log_prob, sampled=bool(new)))
             random = generator(args.seed, Stream.STEPS, epoch, n)
-            steps = torch.randperm(run.trained_steps, generator=random).tolist()
+            steps = torch.randperm(run.trained_steps, generator=random)[: cost.steps_of_batch(args)]
             done = update_batch(
-                run, batch, ref_log_prob=ref_log_prob, steps=steps, generator=random
+                run, batch, ref_log_prob=ref_log_prob, steps=steps.tolist(), generator=random
             )
             losses += done[0]
             overflows += done[1]

@@ -1,6 +1,6 @@
 """What sd_demo.py costs, beside whole-chain DPO and the authors' released code.
 
-    python -m sd.bench_cost    # eight minutes on two cores; nothing else may run meanwhile
+    python -m sd.bench_cost    # 8 minutes and more on two cores; nothing else may run meanwhile
 
 The bundled emoji model is timed and counted. Of SD 1.5, SDXL and SD 3 there are the architectures,
 in fp16: bytes, operations and rows are counted on tensors without data (torch's meta device). On a

@@ -35,17 +35,23 @@ class Cost(NamedTuple):
     memory_known: bool  # False: without what autograd holds
 
 
+def steps_of_batch(args: Namespace) -> int:
+    """How many steps a batch is trained on."""
+    if args.loss == "eq12":
+        return 1
+    return max(1, round(args.step_fraction * (args.num_steps - args.skip_last)))
+
+
 def estimate(model: Model, args: Namespace, processes: int) -> Cost:
     """Count what an epoch of a run takes."""
     network, K, T = model.network, args.images_per_prompt, args.num_steps
     across = args.batch_size * processes
     groups, batches = args.pairs_per_epoch, args.pairs_per_epoch // across
     batches_given = math.ceil(min(args.groups_given, EPOCH_GROUPS) / across)
-    trained = 1 if args.loss == "eq12" else T - args.skip_last
     per_step = CALLS.get(args.loss, (1, 0))
     if args.loss == "sft" and not args.beta:
         per_step = (1, 0)
-    with_gradient, without_gradient = (calls * trained for calls in per_step)
+    with_gradient, without_gradient = (calls * steps_of_batch(args) for calls in per_step)
     of_reference = T if args.reference == "initial" else 0
     measured = T - of_reference  # passes of the initial model for metrics
 

@@ -174,6 +174,8 @@ def build_parser() -> tuple[ArgumentParser, dict]:
     add("--average-weights", False, action=on_off, help=shown)
     skipped = "do not train the last N steps: their sigma is tiny"
     add("--skip-last", 2, type=int, metavar="N", help=skipped)
+    share = "train each batch on a random share of the other steps, 0 < X <= 1: less time"
+    add("--step-fraction", 1.0, type=number, metavar="X", help=share)
     updates = "update the weights at each step's loss, or once after the last"
     add("--update-every", "timestep", choices=["timestep", "trajectory"], help=updates)
     falls = "the step size falls to 0 as a cosine, or stays"
@@ -363,6 +365,10 @@ def check(args: Namespace) -> None:
         ),
         f"--skip-last {args.skip_last}: some of the --num-steps {args.num_steps} must be left": (
             not 0 <= args.skip_last < args.num_steps
+        ),
+        f"--step-fraction {args.step_fraction}: give a number up to 1": args.step_fraction > 1,
+        f"--loss {args.loss} chooses its steps itself: give no --step-fraction": (
+            args.step_fraction < 1 and args.loss in ("chain", "eq12")
         ),
         f"--clip {args.clip}: give a number below 1": args.clip and args.clip >= 1,
         "--loss chain has one loss for a chain: give --update-every trajectory, and no --clip": (

@@ -13,6 +13,8 @@ COUNTS = {  # flags: rows without and with gradient, calls of the UNet
     "--guidance-scale 1": (4 * 3, 4 * 3, 1 * (3 + 3 + 3)),
     "--reference previous": (0, 8 * 3, 1 * (3 + 3) + 3),
     "--loss eq12": (8 * 3, 8, 1 * (3 + 3 + 1)),
+    "--step-fraction 0.5": (8 * 3, 8 * 2, 1 * (3 + 3 + 2)),
+    "--step-fraction 0.01": (8 * 3, 8, 1 * (3 + 3 + 1)),
     "--skip-last 1": (8 * 3, 8 * 2, 1 * (3 + 3 + 2)),
     "--batch-size 1": (8 * 3, 8 * 3, 2 * (3 + 3 + 3)),
     "--loss chain --update-every trajectory": (8 * 6, 8 * 3, 1 * (3 + 3 + 3 + 3)),

@@ -455,6 +455,7 @@ def test_one_epoch_of_the_emoji_model_from_command_line_to_lora(tmp_path, no_fig
 CHOICES = [
     "--loss eq12 --reference previous --skip-last 1",
     "--loss chain --update-every trajectory",
+    "--step-fraction 0.5 --replay 1",
     "--update-every trajectory --reference previous --clip 0.1 --batch-size 1",
     "--precision bf16 --gradient-checkpointing --eval-images 9 --pairs-per-epoch 4",
     "--recipe paper --lr 1e-3",
@@ -524,6 +525,22 @@ def test_the_last_steps_are_left_out_and_the_learning_rate_falls_as_a_cosine(
         assert row["kl"] == pytest.approx(ratio.sum().item() / 4, abs=1e-4)
         assert row["kl_trained"] == pytest.approx(ratio[:2].sum().item() / 4, abs=1e-4)
         assert (row["eval_score"] is None) == (row["epoch"] < 3)
+
+
+def test_a_share_of_the_steps_is_drawn_anew_for_each_batch(
+    tiny, scorers, tmp_path, monkeypatch, no_figures
+):
+    drawn, update_batch = [], sd_demo.update_batch
+
+    def update(run, *args, steps, **options):
+        drawn.append(frozenset(steps))
+        return update_batch(run, *args, steps=steps, **options)
+
+    monkeypatch.setattr(sd_demo, "update_batch", update)
+    flags = "--num-steps 4 --step-fraction 0.5 --epochs 3 --pairs-per-epoch 8"
+    run(tiny, tmp_path / "run", f"{scorers}:brightness", flags)
+    assert [len(steps) for steps in drawn] == [2] * 12
+    assert set().union(*drawn) == {0, 1, 2, 3} and len(set(drawn)) > 2
 
 
 def test_an_epoch_of_ties_trains_nothing_and_goes_on(tiny, scorers, tmp_path, no_figures):
