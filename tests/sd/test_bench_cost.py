@@ -133,6 +133,7 @@ def test_memory_is_flat_here_and_grows_in_autograd_over_the_chain(setup, monkeyp
     assert middle - low > 10 * states
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_what_is_counted_without_data_is_what_a_pass_with_data_takes(name):
     def counts(*flags):

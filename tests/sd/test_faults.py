@@ -159,6 +159,7 @@ def other_rank(file: Path) -> None:
     torch.save(state, file)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", LOST)
 def test_without_its_checkpoint_a_run_is_evaluated_by_its_lora_and_not_resumed(
     done, copy, capsys, what

@@ -261,6 +261,7 @@ def test_train_now_takes_the_answers_so_far_and_finish_ends_the_run(tiny, tmp_pa
     }
 
 
+@pytest.mark.slow
 def test_finish_before_any_answer_trains_nothing_and_a_resumed_run_asks_again(
     tiny, tmp_path, monkeypatch
 ):

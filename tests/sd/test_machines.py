@@ -68,6 +68,7 @@ def test_the_watch_on_float64_sees_it():
 RUNS = [("sd", ""), ("sd_v", "--reference previous"), ("sdxl", ""), ("sd3", "--loss chain")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family, flags", RUNS)
 def test_no_latent_becomes_float64_in_a_run(
     family, flags, scorers, tmp_path, monkeypatch, no_figures

@@ -196,6 +196,7 @@ def test_a_batch_that_was_sampled_is_not_sampled_again(tiny, tmp_path):
     assert not torch.equal(first.trajectory.x, third.trajectory.x)
 
 
+@pytest.mark.slow
 def test_a_run_stops_before_its_kl_limit_and_goes_on_with_a_higher_one(
     tiny, scorers, tmp_path, no_figures, capsys
 ):
@@ -276,6 +277,7 @@ def test_a_dry_run_counts_the_file(tiny, label_file, tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_run_learns_from_the_images_of_a_file_alone(tiny, label_file, tmp_path, no_figures):
     out = tmp_path / "run"
     learn(tiny, label_file, out, "--max-kl 1e6 --epochs 12 --lr 0.002")
@@ -288,6 +290,7 @@ def test_a_run_learns_from_the_images_of_a_file_alone(tiny, label_file, tmp_path
     assert [file.name for file in (out / "latents").iterdir()] == ["e000.pt"]
 
 
+@pytest.mark.slow
 def test_a_run_of_a_file_goes_on_without_the_file(tiny, label_file, tmp_path, no_figures):
     learn(tiny, label_file, tmp_path / "unbroken", "--epochs 3 --max-kl 1e6")
     learn(tiny, label_file, tmp_path / "run", "--epochs 1 --max-kl 1e6 --lr 0.005")

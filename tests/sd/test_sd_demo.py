@@ -274,6 +274,7 @@ def test_the_last_ten_updates_decide_if_a_run_stops(tiny):
         sd_demo.check_finite(loaded.run, 7, [])
 
 
+@pytest.mark.slow
 def test_ten_overflows_over_two_epochs_stop_a_run_and_it_can_be_resumed(
     tiny, scorers, tmp_path, no_figures, overflows, capsys
 ):
@@ -576,6 +577,7 @@ def test_three_epochs_without_a_preference_end_a_run(
         sd_demo.main(["--resume", str(out)])
 
 
+@pytest.mark.slow
 def test_a_run_ends_whose_scorer_gives_some_images_no_score(tiny, scorers, tmp_path, capsys):
     flags = "--images-per-prompt 4 --batch-size 1 --eval-images 4"
     objective, watch = f"{scorers}:in_part", f"--watch {scorers}:nothing"
@@ -614,6 +616,7 @@ def test_a_prompt_that_is_there_twice_keeps_its_images(tiny, scorers, tmp_path, 
 # Evaluation
 
 
+@pytest.mark.slow
 def test_evaluation_compares_with_the_initial_model_on_new_noises(done, tiny, tmp_path, capsys):
     out = shutil.copytree(done[0], tmp_path / "run")
     reports = {out / "README.md", out / "report.html"}  # where the result is added

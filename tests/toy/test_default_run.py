@@ -12,6 +12,7 @@ import torch
 
 from toy import ddpm, flow, optimum, train_toy, worlds
 
+pytestmark = pytest.mark.slow
 RING = worlds.MIXTURES["ring"]
 VARIANCE = ddpm.data_variance(RING)
 UNTRAINED = {
@@ -20,7 +21,7 @@ UNTRAINED = {
 }
 
 
-@pytest.fixture(scope="module", params=["ddpm", pytest.param("flow", marks=pytest.mark.slow)])
+@pytest.fixture(scope="module", params=["ddpm", "flow"])
 def name(request):
     return request.param
 

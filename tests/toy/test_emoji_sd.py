@@ -220,6 +220,7 @@ def test_standardising_the_latents_changes_no_picture():
     torch.testing.assert_close(after.mean.std((0, 2, 3)), torch.ones(4, dtype=torch.float64))
 
 
+@pytest.mark.slow
 @needs_font
 def test_a_run_that_was_killed_ends_with_the_weights_of_one_that_was_not(
     quick, tmp_path, monkeypatch
@@ -251,6 +252,7 @@ def test_a_resumed_log_loses_what_the_stop_undid_and_a_line_cut_short(tmp_path):
     assert log.read_text() == "".join(lines[:2])
 
 
+@pytest.mark.slow
 @needs_font
 def test_another_seed_makes_other_weights_and_does_not_go_on_with_the_first_ones_work(
     quick, tmp_path, capsys
