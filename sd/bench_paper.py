@@ -36,7 +36,7 @@ from sd.scorers import compressibility, incompressibility
 from toy.emoji_sd import classifier
 
 RESULTS = run_folder.ROOT / "sd" / "results"
-FIGURES = {"incompressibility": "paper_fig3.png", "tags": "paper_fig4.png"}
+FIGURES = {"compressibility": "paper_fig3.png", "tags": "paper_fig4.png"}
 MARK = "<!-- python -m sd.bench_paper writes what is between these two lines -->\n"
 CLASSIFIER = "toy/emoji_sd/classifier.py"
 SEEN, UNSEEN = (f"sd/results/prompts/{name}.txt" for name in ("seen_36", "unseen_9"))
@@ -402,6 +402,13 @@ def plot(axis, x: list, curves: np.ndarray, label: str) -> None:
     axis.fill_between(x, mean - sd, mean + sd, color=line.get_color(), alpha=0.15, linewidth=0)
 
 
+def held(lines: list[list[dict]], key: str) -> tuple[list[int], np.ndarray]:
+    """Images sampled, and curves (seeds, points); a run that stopped early stays as it was."""
+    x = sorted({point["images"] for line in lines for point in line})
+    curves = [[[p for p in line if p["images"] <= n][-1][key] for n in x] for line in lines]
+    return x, np.array(curves)
+
+
 def draw_scores(content: dict, path: Path) -> None:
     """Fig. 3: score and animals against images."""
     names = ("compressibility", "incompressibility")
@@ -413,8 +420,7 @@ def draw_scores(content: dict, path: Path) -> None:
             lines = [result["curve"] for result in results if result["curve"]]
             for axis, key in zip(axes[:, column], ("score", "animals"), strict=True):
                 if lines:
-                    x = [point["images"] for point in lines[0]]
-                    plot(axis, x, np.array([[p[key] for p in line] for line in lines]), method)
+                    plot(axis, *held(lines, key), method)
         axes[0, column].set(title=name, ylabel="score (kB), mean ± sd over the seeds")
         axes[1, column].set(xlabel="images sampled", ylabel="animals right (judge)", ylim=(0, 1.02))
         if axes[1, column].lines:
@@ -469,7 +475,7 @@ def write(content: dict, folder: Path) -> None:
         content[name]["runs"] = of_panel["runs"] | content[name]["runs"]
     run_folder.save_json(folder / "paper.json", content)
     write_between(folder / "paper.md", MARK, page(content))
-    for name, draw in (("incompressibility", draw_scores), ("tags", draw_bad_shares)):
+    for name, draw in (("compressibility", draw_scores), ("tags", draw_bad_shares)):
         if any(content[name]["runs"].values()):
             draw(content, folder / FIGURES[name])
 

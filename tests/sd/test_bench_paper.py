@@ -98,6 +98,16 @@ def test_failures_are_halved_at_the_first_clicks_where_the_mean_is():
     assert "| Eq. 14 | 0 |" in page and "not measured yet" in page
 
 
+def test_a_curve_that_stopped_early_stays_as_it_was():
+    lines = [
+        [{"images": 0, "score": -2.0}, {"images": 32, "score": -1.5}],
+        [{"images": 0, "score": -2.1}, {"images": 32, "score": -1.6}, {"images": 64, "score": -1}],
+    ]
+    images, curves = bench_paper.held(lines, "score")
+    assert images == [0, 32, 64]
+    assert curves.tolist() == [[-2.0, -1.5, -1.5], [-2.1, -1.6, -1.0]]
+
+
 def test_a_person_prefers_as_eq_3_says():
     """Of two images whose log-probabilities differ by 1, the better in logistic(1) = 73 %."""
 
