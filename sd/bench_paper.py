@@ -395,10 +395,11 @@ def page(content: dict) -> str:
     return "".join(parts)
 
 
-def plot(axis, x: list, curves: np.ndarray, label: str) -> None:
+def plot(axis, x: list, curves: np.ndarray, label: str, **style) -> None:
     """Mean and standard deviation of curves (seeds, points)."""
     mean, sd = curves.mean(0), curves.std(0, ddof=min(1, len(curves) - 1))
-    (line,) = axis.plot(x, mean, label=label, linewidth=2.5 if label == "default" else 1.2)
+    width = 2.5 if label == "default" else 1.2
+    (line,) = axis.plot(x, mean, label=label, linewidth=width, **style)
     axis.fill_between(x, mean - sd, mean + sd, color=line.get_color(), alpha=0.15, linewidth=0)
 
 
@@ -410,21 +411,30 @@ def held(lines: list[list[dict]], key: str) -> tuple[list[int], np.ndarray]:
 
 
 def draw_scores(content: dict, path: Path) -> None:
-    """Fig. 3: score and animals against images."""
-    names = ("compressibility", "incompressibility")
-    figure = Figure(figsize=(11, 7), layout="constrained")
-    axes = figure.subplots(2, 2, sharex=True)
-    for column, name in enumerate(names):
-        runs = content[name]["runs"]
-        for method, results in runs.items():
+    """Fig. 3: score and animals against images; and against the KL of each point of the sweep."""
+    figure = Figure(figsize=(15, 7), layout="constrained")
+    axes = figure.subplots(2, 3, sharex="col")
+    for column, name in enumerate(("compressibility", "incompressibility")):
+        axes[0, column].set(title=name, ylabel="score (kB), mean ± sd over the seeds")
+        axes[1, column].set(xlabel="images sampled", ylabel="animals right (judge)", ylim=(0, 1.02))
+        for k, method in enumerate(METHODS):
+            results = content[name]["runs"].get(method, [])
             lines = [result["curve"] for result in results if result["curve"]]
             for axis, key in zip(axes[:, column], ("score", "animals"), strict=True):
                 if lines:
-                    plot(axis, *held(lines, key), method)
-        axes[0, column].set(title=name, ylabel="score (kB), mean ± sd over the seeds")
-        axes[1, column].set(xlabel="images sampled", ylabel="animals right (judge)", ylim=(0, 1.02))
-        if axes[1, column].lines:
-            axes[1, column].legend(fontsize=7)
+                    plot(axis, *held(lines, key), method, color=f"C{k}")
+
+    axes[0, 2].set(title="compressibility, the sweep", ylabel="score (kB), one seed")
+    axes[1, 2].set(xlabel="KL (nats)", ylabel="animals right (judge)", ylim=(0, 1.02))
+    for k, method in enumerate(METHODS):
+        points = [last(p) for p in content["compressibility"]["sweep"] if p["method"] == method]
+        points = sorted(filter(None, points), key=lambda point: point["kl"])
+        kl = [point["kl"] for point in points]
+        for axis, key in zip(axes[:, 2], ("score", "animals"), strict=True):
+            values = np.array([[point[key] for point in points]])
+            plot(axis, kl, values, method, color=f"C{k}", marker="o")
+    axes[1, 2].set_xscale("symlog", linthresh=0.1)  # 0 too
+    axes[1, 2].legend(fontsize=7)
     figure.savefig(path, dpi=110)
 
 
