@@ -355,13 +355,18 @@ def sweep_table(name: str, sweep: list[dict]) -> str:
     return table(rows)
 
 
+def value_at(points: dict[int, float], n: int) -> float:
+    """That of the last point up to n: a run that stopped early stays as it was."""
+    return points[max(k for k in points if k <= n)]
+
+
 def bad_shares(results: list[dict]) -> dict[int, list[float]]:
-    """The share of bad images of each seed by clicks; a run that stopped early stays as it was."""
+    """The share of bad images of each seed by clicks."""
     found = {clicks: [] for clicks in range(0, 6 * CLICKS, CLICKS)}
     for result in results:
         shares = {row["after"]: row["score"] for row in result["judged"]}
         for clicks, values in found.items():
-            values.append(shares[max(after for after in shares if after <= clicks)])
+            values.append(value_at(shares, clicks))
     return found
 
 
@@ -404,10 +409,10 @@ def plot(axis, x: list, curves: np.ndarray, label: str, **style) -> None:
 
 
 def held(lines: list[list[dict]], key: str) -> tuple[list[int], np.ndarray]:
-    """Images sampled, and curves (seeds, points); a run that stopped early stays as it was."""
-    x = sorted({point["images"] for line in lines for point in line})
-    curves = [[[p for p in line if p["images"] <= n][-1][key] for n in x] for line in lines]
-    return x, np.array(curves)
+    """Images sampled, and curves (seeds, points) with a value at each of them."""
+    curves = [{point["images"]: point[key] for point in line} for line in lines]
+    x = sorted(set().union(*curves))
+    return x, np.array([[value_at(curve, n) for n in x] for curve in curves])
 
 
 def draw_scores(content: dict, path: Path) -> None:
@@ -485,7 +490,7 @@ def write(content: dict, folder: Path) -> None:
         content[name]["runs"] = of_panel["runs"] | content[name]["runs"]
     run_folder.save_json(folder / "paper.json", content)
     write_between(folder / "paper.md", MARK, page(content))
-    for name, draw in (("compressibility", draw_scores), ("tags", draw_bad_shares)):
+    for name, draw in zip(FIGURES, (draw_scores, draw_bad_shares), strict=True):
         if any(content[name]["runs"].values()):
             draw(content, folder / FIGURES[name])
 
