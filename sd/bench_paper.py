@@ -174,11 +174,8 @@ class Job(NamedTuple):
 
 
 def run(job: Job, work: Path, quick: bool) -> dict:
-    """Run sd_demo.py and judge what it made, or read the result of a run that is done."""
+    """Run sd_demo.py and judge what it made."""
     out = work / job.name
-    file = out / "result.json"
-    if file.exists():
-        return run_folder.read_json(file)
     shutil.rmtree(out, ignore_errors=True)  # killed on its way
     torch.set_num_threads(1)
     panel, few = PANELS[job.panel], QUICK if quick else ""
@@ -193,7 +190,7 @@ def run(job: Job, work: Path, quick: bool) -> dict:
             result["judged"] = judge(panel, out, noises=16 if quick else panel.noises)
     except SystemExit as error:  # weights or gradients are not finite any more
         result["failed"] = str(error).replace(str(out), "RUN")
-    run_folder.save_json(file, result)
+    run_folder.save_json(out / "result.json", result)
     print(f"{job.name}: done", flush=True)
     return result
 
@@ -542,15 +539,17 @@ def main(argv: list[str] | None = None) -> None:
     with ProcessPoolExecutor(args.processes, max_tasks_per_child=1) as pool:
 
         def run_all(jobs: list[Job]) -> None:
-            each = [[work] * len(jobs), [args.quick] * len(jobs)]
-            found.update(zip(jobs, pool.map(run, jobs, *each), strict=True))
+            ready = done(jobs, work) | found
+            left = [job for job in jobs if job not in ready]
+            each = [[work] * len(left), [args.quick] * len(left)]
+            ready |= zip(left, pool.map(run, left, *each), strict=True)
+            found.update((job, ready[job]) for job in jobs)
 
         swept = dict.fromkeys(PANELS[panel].sweep or panel for panel in args.panels)
         for panel in swept.keys() - set(args.panels):
             for point in shipped(folder)[panel]["sweep"]:  # of an earlier start
                 found[Job(panel, *map(point.get, Job._fields[1:]))] = point
-        sweep = [job for panel in swept for job in sweep_jobs(panel, args.quick)]
-        run_all([job for job in sweep if job not in found])
+        run_all([job for panel in swept for job in sweep_jobs(panel, args.quick)])
         run_all([job for panel in args.panels for job in final_jobs(panel, found, seeds)])
     for panel in PANELS:  # those of earlier starts too
         found |= done(sweep_jobs(panel, args.quick), work)
