@@ -21,7 +21,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 from tqdm import tqdm
 
-from sd import cost, figures, metrics, options, report, run_folder
+from sd import UserError, cost, figures, files, metrics, options, report, run_folder
 from sd.feedback import (
     HumanFeedback,
     ScorerFeedback,
@@ -29,14 +29,13 @@ from sd.feedback import (
     evaluate_held_out,
     evaluate_initial,
 )
-from sd.labels import LabelError, pairs_from_labels, scores_from_labels
+from sd.labels import pairs_from_labels, scores_from_labels
 from sd.losses import LOSSES, SCORED
-from sd.memory import Given, LabelledBatch, Memory
 from sd.model import Batch, RunningAverage, load_model, make_accelerator, sample
 from sd.prompts import load_prompts
+from sd.replay import Given, LabelledBatch, ReplayBuffer
 from sd.run import Run
-from sd.run_folder import RunError, Stream, generator
-from sd.scorers import ScorerError
+from sd.seeds import RandomPurpose, seeded_generator
 
 MAX_SKIPPED = 10  # updates in a row whose gradient overflowed
 
@@ -81,7 +80,7 @@ def train(run: Run, epochs_done: int, bar: tqdm) -> None:
             ref_log_prob = reference_log_prob(run, batch)
             if n < len(new) or not new:
                 log_ratios.append(run.log_ratios(batch, ref_log_prob, sampled=bool(new)))
-            random = generator(args.seed, Stream.STEPS, epoch, n)
+            random = seeded_generator(args.seed, RandomPurpose.STEPS, epoch, n)
             steps = torch.randperm(run.trained_steps, generator=random)[: cost.steps_of_batch(args)]
             done = update_batch(
                 run, batch, ref_log_prob=ref_log_prob, steps=steps.tolist(), generator=random
@@ -122,11 +121,11 @@ def train(run: Run, epochs_done: int, bar: tqdm) -> None:
             bar.write(metrics.format_metrics(row, last_epoch, initial_eval.as_row()))
             stop = run.feedback.finished
             if (row["eval_kl"] or 0) > (args.max_kl or math.inf):
-                run.note_stop(epoch, message := options.describe_stop(args, epoch))
+                run.record_stop(epoch, message := options.describe_stop(args, epoch))
                 bar.write(message)
                 stop = True
             else:
-                run_folder.append(args.out / "metrics.jsonl", [row])
+                files.append(args.out / "metrics.jsonl", [row])
                 figures.draw_run(args.out)
                 run.save(epoch)
                 memory.drop_batches(epoch)
@@ -139,27 +138,27 @@ def train(run: Run, epochs_done: int, bar: tqdm) -> None:
     if accelerator.is_main_process:
         run.feedback.close(run.code(), problem)
     if problem:
-        raise LabelError(problem)
+        raise UserError(problem)
 
 
 def sample_epoch(run: Run, epoch: int) -> list[Batch]:
     """This process's batches of an epoch, with names to keep their images under."""
     args, accelerator, model = run.args, run.accelerator, run.model
-    random = generator(args.seed, Stream.PROMPTS, epoch)
-    prompts = torch.randint(len(model.prompts), (args.pairs_per_epoch,), generator=random)
+    random = seeded_generator(args.seed, RandomPurpose.PROMPTS, epoch)
+    prompts = torch.randint(len(model.prompts), (args.prompts_per_epoch,), generator=random)
     size, K, batches = args.batch_size, args.images_per_prompt, []
     own_first = accelerator.process_index * size
     for first in range(own_first, len(prompts), accelerator.num_processes * size):
         numbers = prompts[first : first + size]
-        random = generator(args.seed, Stream.TRAINING, epoch, first)
+        random = seeded_generator(args.seed, RandomPurpose.TRAINING, epoch, first)
         kept = run.memory.kept_batch(epoch, first)
         batch = sample(
             model, model.sampler, numbers, images_per_prompt=K, generator=random, trajectory=kept
         )
         if kept is None:
             run.memory.keep_batch(epoch, first, batch.trajectory)
-        files = run_folder.image_files(epoch, range(first, first + size), K)
-        batches.append(batch._replace(files=files))
+        names = run_folder.image_files(epoch, range(first, first + size), K)
+        batches.append(batch._replace(files=names))
     return batches
 
 
@@ -220,11 +219,11 @@ def check_finite(run: Run, epoch: int, last_overflows: list[bool]) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    with run_folder.Lock() as lock, cost.memory_is_enough():
+    with files.Lock() as lock, cost.memory_is_enough():
         start(*options.parse(argv), lock)
 
 
-def start(parser: ArgumentParser, args: Namespace, lock: run_folder.Lock) -> None:
+def start(parser: ArgumentParser, args: Namespace, lock: files.Lock) -> None:
     """A run, or an evaluation of one, which the lock makes ours alone."""
     try:
         accelerator = make_accelerator(args.precision, args.device)
@@ -263,13 +262,13 @@ def start(parser: ArgumentParser, args: Namespace, lock: run_folder.Lock) -> Non
             average=RunningAverage(model.lora, enabled=args.average_weights),
             optimizer=optimizer,
             feedback=feedback,
-            memory=Memory(args, accelerator, model.schedule, numbered),
+            memory=ReplayBuffer(args, accelerator, model.schedule, numbered),
         )
         epochs_done = run.load_checkpoint()
         if not args.evaluate:
             run.memory.load(epochs_done, given=groups)
     except (ValueError, FloatingPointError, OSError) as error:
-        parser.error(" ".join(run_folder.describe(error).split()))  # some have many lines
+        parser.error(" ".join(files.describe(error).split()))  # some have many lines
     bar.total = options.calls_to_go(args, plan, epochs_done)
     again = f"python sd_demo.py {'--evaluate' if args.evaluate else '--resume'} {args.out}"
     try:
@@ -287,9 +286,9 @@ def start(parser: ArgumentParser, args: Namespace, lock: run_folder.Lock) -> Non
     except KeyboardInterrupt:
         sys.exit(f"Stopped. Go on with: {again}")
     except OSError as error:
-        sys.exit(f"{run_folder.describe(error)}. Then go on with: {again}")
-    except (RunError, ScorerError, LabelError, FloatingPointError) as error:
-        trained = (args.out / "lora" / run_folder.LORA_FILE).exists()
+        sys.exit(f"{files.describe(error)}. Then go on with: {again}")
+    except (UserError, FloatingPointError) as error:
+        trained = (args.out / "lora" / files.LORA_FILE).exists()
         kept = "keeps the model of the last good epoch" if trained else "has no model yet"
         sys.exit(f"{error}. The run stops; {args.out} {kept}.")
     finally:

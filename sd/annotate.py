@@ -37,9 +37,10 @@ from starlette.responses import FileResponse, HTMLResponse, JSONResponse
 from starlette.routing import Route
 from tqdm import tqdm
 
-from sd import labels
+from sd import UserError, labels
 from sd.figures import held_out_file, held_out_numbers
-from sd.run_folder import Stream, generator, read_lines, replace, save_lines
+from sd.files import read_lines, replace, save_lines
+from sd.seeds import RandomPurpose, seeded_generator
 
 PORTS = range(7860, 7960)  # tried in turn where no port is given
 MAX_REQUEST_BYTES = 10_000  # far more than an answer needs
@@ -100,7 +101,7 @@ class AnnotationServer:
 
         questions: lines of labels.jsonl, of one epoch, whose answer is null. Those that nobody
         wants to answer any more ("Train now") are skipped. progress: what the page shows of the
-        whole run: epoch, epochs, before (answers), total. Sets `kappa`. Raises LabelError for a
+        whole run: epoch, epochs, before (answers), total. Sets `kappa`. Raises UserError for a
         labels.jsonl with flaws, and where no page can be opened.
         """
         self._progress = progress or {}
@@ -150,7 +151,7 @@ class AnnotationServer:
         save_lines(self.run / "questions.jsonl", questions)
         with self.file.open("ab") as file:  # or the next answer would join a line cut short
             file.truncate(len(labels.whole_lines(self.file)))
-        sides = generator(self.seed, Stream.SIDES, epoch)
+        sides = seeded_generator(self.seed, RandomPurpose.SIDES, epoch)
         left = torch.randint(2, (len(questions),), generator=sides).tolist()
         asked = [
             Question(*parts, Counter()) for parts in zip(questions, left, answers, strict=True)
@@ -430,11 +431,11 @@ def append_safely(file: Path, row: dict) -> None:
 
 
 def listen(port: int | None) -> socket.socket:
-    """A socket of 127.0.0.1 at a port, or at the first free one. Raises LabelError without any."""
+    """A socket of 127.0.0.1 at a port, or at the first free one. Raises UserError without any."""
     for number in PORTS if port is None else [port]:
         try:
             return socket.create_server(("127.0.0.1", number))
         except (OSError, OverflowError):
             continue
     wanted = f"{PORTS[0]} or after" if port is None else port
-    raise labels.LabelError(f"no page opens at port {wanted}: give another --port")
+    raise UserError(f"no page opens at port {wanted}: give another --port")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from sd import run_folder
+from sd import files
 from sd.scorers import jpeg_kb
 
 BLANK_KB = jpeg_kb(Image.new("RGB", (64, 64), "white"))
@@ -21,11 +21,11 @@ def make_parser(module: str, description: str) -> argparse.ArgumentParser:
     )
 
 
-def write_between(page: Path, mark: str, content: str) -> None:
+def replace_section(page: Path, mark: str, content: str) -> None:
     """Replace what a page has between its two marks; a new page has nothing else."""
     text = page.read_text() if page.exists() else mark + mark
     before, _, after = text.split(mark)
-    run_folder.save_text(page, before + mark + content + mark + after)
+    files.save_text(page, before + mark + content + mark + after)
 
 
 def markdown_table(heads: Collection, rows: Iterable[Iterable]) -> str:

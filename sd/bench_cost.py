@@ -44,15 +44,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import d3po
 import sd_demo
-from sd import model, options, run_folder
-from sd.bench import make_parser, markdown_table, write_between
+from sd import files, model, options
+from sd.bench import make_parser, markdown_table, replace_section
 from sd.bench_models import ARCHITECTURES, CPU_ATTENTION, SD15, Architecture, random_models
-from sd.memory import LabelledBatch
 from sd.model import PipelinePolicy
 from sd.pipeline import NETWORKS
 from sd.prompts import load_prompts
+from sd.replay import LabelledBatch
 
-RESULTS = run_folder.ROOT / "sd" / "results"
+RESULTS = files.ROOT / "sd" / "results"
 MARK = "<!-- python -m sd.bench_cost writes what is between these two lines -->\n"
 FIXED = "--objective compressibility --guidance-scale 5 --max-grad-norm 1e9"
 ONE_PAIR = ["--model", "random weights", "--images-per-prompt", "2", "--batch-size", "1"]
@@ -539,8 +539,8 @@ def machine_name() -> str:
 
 def write(results: dict, out: Path) -> None:
     """The numbers, and beside them their figure, and their tables in the page."""
-    run_folder.save_json(out, results)
-    write_between(out.with_suffix(".md"), MARK, tables(results))
+    files.save_json(out, results)
+    replace_section(out.with_suffix(".md"), MARK, tables(results))
     for memory in (part["memory"] for part in results.values() if "memory" in part):
         draw_memory(memory, out.with_suffix(".png"))
 
@@ -564,7 +564,7 @@ def main(argv: list[str] | None = None) -> None:
         pixels = f"{architecture.pixels}x{architecture.pixels}"
         title = f"{name}, {pixels}, 1 pair in a batch, T = 2: counted"
         parts[title] = partial(counted, architecture)
-    results = run_folder.read_json(args.out) if args.out.exists() else {}
+    results = files.read_json(args.out) if args.out.exists() else {}
     versions = f"torch {torch.__version__}, diffusers {diffusers.__version__}"
     common = {"versions": versions, "rounds": args.rounds, "load": os.getloadavg()[0]}
     torch.manual_seed(0)

@@ -16,12 +16,12 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from sd import run_folder
-from sd.bench import make_parser, markdown_table, size_change, write_between
+from sd import files
+from sd.bench import make_parser, markdown_table, replace_section, size_change
+from sd.files import LORA_FILE
 from sd.options import positive
-from sd.run_folder import LORA_FILE
 
-RESULTS = run_folder.ROOT / "sd" / "results"
+RESULTS = files.ROOT / "sd" / "results"
 MARK = "<!-- python -m sd.bench_emoji writes what is between these two lines -->\n"
 CLASSIFIER = "toy/emoji_sd/classifier.py"
 NUM_EVALUATED = 450  # noises
@@ -34,7 +34,7 @@ FRONTIER = {  # compressibility: name of a line -> flags
     "previous, beta 0.15": f"--reference previous {NO_BRAKE}",
     "initial, beta 0.15, all steps": f"--skip-last 0 {NO_BRAKE}",
     "the paper's recipe": (  # as many images as the others
-        "--recipe paper --num-steps 10 --guidance-scale 1 --pairs-per-epoch 20 --epochs 19"
+        "--recipe paper --num-steps 10 --guidance-scale 1 --prompts-per-epoch 20 --epochs 19"
     ),
 }
 RUNS = {
@@ -79,7 +79,7 @@ def run(name: str, work: Path) -> None:
     one_core = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     if not (out / "evaluation.json").exists():
         with (work / f"{out.name}.txt").open("a") as log:
-            options = {"env": one_core, "cwd": run_folder.ROOT, "stdout": log, "stderr": log}
+            options = {"env": one_core, "cwd": files.ROOT, "stdout": log, "stderr": log}
             for flags in commands:
                 subprocess.run([sys.executable, "sd_demo.py", *flags], check=True, **options)
     print(f"{name}: done", flush=True)
@@ -89,13 +89,13 @@ def summary(name: str, out: Path) -> dict:
     """What the JSON keeps of a run: held-out noises over its epochs, and its evaluation."""
     keys = ("epoch", "labels", "eval_score", "eval_win_rate", "eval_kl", "watched", "kl")
     keys += ("kl_trained", "log_ratio_winners", "log_ratio_losers")
-    rows = run_folder.read_lines(out / "metrics.jsonl")
+    rows = files.read_lines(out / "metrics.jsonl")
     evaluated = [row for row in rows if row["eval_score"] is not None]
     return {
         "command": f"python sd_demo.py {RUNS[name]}".strip(),
-        "initial": run_folder.read_json(out / "config.json")["initial"],
+        "initial": files.read_json(out / "config.json")["initial"],
         "epochs": [{key: row[key] for key in keys} for row in evaluated],
-        "evaluation": run_folder.read_json(out / "evaluation.json"),
+        "evaluation": files.read_json(out / "evaluation.json"),
     }
 
 
@@ -141,14 +141,14 @@ def draw_frontier(results: dict, path: Path) -> None:
 
 def write(results: dict, folder: Path) -> None:
     """The numbers, their table in the page beside them, and their figure."""
-    run_folder.save_json(folder / "emoji_runs.json", results)
-    write_between(folder / "emoji_runs.md", MARK, table(results))
+    files.save_json(folder / "emoji_runs.json", results)
+    replace_section(folder / "emoji_runs.md", MARK, table(results))
     draw_frontier(results, folder / "emoji_frontier.png")
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = make_parser("sd.bench_emoji", __doc__.splitlines()[0])
-    runs, at_a_time = run_folder.ROOT / "runs" / "bench_emoji", "runs at a time, one core each"
+    runs, at_a_time = files.ROOT / "runs" / "bench_emoji", "runs at a time, one core each"
     parser.add_argument("--work", type=Path, default=runs, help="folder of the runs")
     parser.add_argument("--processes", type=positive(int), default=2, help=at_a_time)
     args = parser.parse_args(argv)

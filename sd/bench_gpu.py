@@ -26,13 +26,13 @@ from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
 import sd_demo
-from sd import options, run_folder
-from sd.bench import make_parser, markdown_table, size_change, write_between
+from sd import files, options
+from sd.bench import make_parser, markdown_table, replace_section, size_change
 from sd.bench_cost import HERE, ONE_PAIR, Bench, Setup, Side, count, machine_name, race, seconds
 from sd.bench_models import ARCHITECTURES, Architecture, random_models, small
 from sd.pipeline import DTYPES, decode
 
-PAGE = run_folder.ROOT / "sd" / "results" / "gpu.md"
+PAGE = files.ROOT / "sd" / "results" / "gpu.md"
 MARK = "<!-- python -m sd.bench_gpu writes what is between these two lines -->\n"
 PRECISIONS = {"cuda": ("fp16", "bf16", "fp32"), "cpu": ("fp32",)}
 TIMED_IN = {"cuda": ("fp16", "bf16"), "cpu": ("fp32",)}
@@ -40,7 +40,7 @@ MATRICES = {"cuda": 8192, "cpu": 512}  # rows and columns of the products that a
 ROUNDS = {"cuda": 5, "cpu": 1}
 RUN = "--objective compressibility --seed 0"
 TRIAL = """
-    --epochs 1 --pairs-per-epoch 1 --batch-size 1 --images-per-prompt 2 --num-steps 3
+    --epochs 1 --prompts-per-epoch 1 --batch-size 1 --images-per-prompt 2 --num-steps 3
     --eval-images 2 --eval-every 1
 """
 SAME_GRADIENT = 0.01  # of its norm; sums on a GPU come in any order
@@ -183,8 +183,8 @@ def learn(device: str, precision: str, out: Path) -> list[str]:
         print(stop)
         return ["not finished"] * len(LEARNED)
     took = time.perf_counter() - started
-    initial = run_folder.read_json(out / "config.json")["initial"]
-    last = run_folder.read_lines(out / "metrics.jsonl")[-1]
+    initial = files.read_json(out / "config.json")["initial"]
+    last = files.read_lines(out / "metrics.jsonl")[-1]
     return [
         f"{initial['eval_score']:.3f} to {last['eval_score']:.3f}",
         f"{size_change(last['eval_score'], initial['eval_score']):+.0%}",
@@ -221,7 +221,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--device", default="cuda", choices=[*PRECISIONS], help=trial)
     parser.add_argument("--out", type=Path, default=PAGE, help="a page; of a GPU only")
     args = parser.parse_args(argv)
-    if not options.is_there(args.device):
+    if not options.device_available(args.device):
         parser.error("there is no CUDA GPU here; --device cpu is a trial of this script without")
     heads = [f"{machine_name()}, torch {torch.__version__}", *PRECISIONS[args.device]]
     found = []
@@ -230,7 +230,7 @@ def main(argv: list[str] | None = None) -> None:
         print(*row, sep=" | ", flush=True)
         table = markdown_table(heads, found)
         if args.device == "cuda":
-            write_between(args.out, MARK, f"\n{table}\n")
+            replace_section(args.out, MARK, f"\n{table}\n")
     print(f"\n{table}")
     failed = [row[0] for row in found if "not " in " ".join(row[1:])]
     if failed:

@@ -25,28 +25,29 @@ import torch
 from matplotlib.figure import Figure
 
 import sd_demo
-from sd import options, run_folder
-from sd.bench import make_parser, markdown_table, write_between
+from sd import files, options
+from sd.bench import make_parser, markdown_table, replace_section
 from sd.bench_people import TASTES, SimulatedPerson
+from sd.files import LORA_FILE
 from sd.metrics import win_rate
 from sd.model import load_model, make_accelerator, sample_held_out
 from sd.prompts import load_prompts
-from sd.run_folder import LORA_FILE, Stream
 from sd.scorers import compressibility, incompressibility
+from sd.seeds import RandomPurpose
 from toy.emoji_sd import classifier
 
-RESULTS = run_folder.ROOT / "sd" / "results"
+RESULTS = files.ROOT / "sd" / "results"
 FIGURES = {"compressibility": "paper_fig3.png", "tags": "paper_fig4.png"}
 MARK = "<!-- python -m sd.bench_paper writes what is between these two lines -->\n"
 CLASSIFIER = "toy/emoji_sd/classifier.py"
 SEEN, UNSEEN = (f"sd/results/prompts/{name}.txt" for name in ("seen_36", "unseen_9"))
 SWEEP_SEED, SEEDS = 5, (0, 1, 2, 3, 4)
 KEPT = 0.95  # of the initial model's animals, in what counts as the best
-GROUPS = "--pairs-per-epoch 4 --images-per-prompt 8 --batch-size 4"
-PAIRS = "--guidance-scale 1 --pairs-per-epoch 16 --images-per-prompt 2"  # as many images
+GROUPS = "--prompts-per-epoch 4 --images-per-prompt 8 --batch-size 4"
+PAIRS = "--guidance-scale 1 --prompts-per-epoch 16 --images-per-prompt 2"  # as many images
 NO_BRAKE = "--max-kl 1e9"  # but the KL is logged
 CLICKS, TAGGED = 16, 7  # of an epoch, images of one
-QUICK = "--epochs 1 --pairs-per-epoch 4 --num-steps 3 --eval-images 8"
+QUICK = "--epochs 1 --prompts-per-epoch 4 --num-steps 3 --eval-images 8"
 
 
 class Method(NamedTuple):
@@ -122,7 +123,7 @@ PANELS = {
     ),
     "tags": Panel(
         "Figs. 4 and 5",
-        f"--objective tags --num-steps 3 --epochs 5 --pairs-per-epoch {CLICKS}",
+        f"--objective tags --num-steps 3 --epochs 5 --prompts-per-epoch {CLICKS}",
         bad,
         PEOPLE,
         noises=360,
@@ -190,16 +191,16 @@ def run(job: Job, work: Path, quick: bool) -> dict:
             result["judged"] = judge(panel, out, noises=16 if quick else panel.noises)
     except SystemExit as error:  # weights or gradients are not finite any more
         result["failed"] = str(error).replace(str(out), "RUN")
-    run_folder.save_json(out / "result.json", result)
+    files.save_json(out / "result.json", result)
     print(f"{job.name}: done", flush=True)
     return result
 
 
 def curve(out: Path) -> dict:
     """What a run logged of its held-out noises, against the images sampled; and its seconds."""
-    config = run_folder.read_json(out / "config.json")
-    rows = run_folder.read_lines(out / "metrics.jsonl")
-    images = config["pairs_per_epoch"] * config["images_per_prompt"]
+    config = files.read_json(out / "config.json")
+    rows = files.read_lines(out / "metrics.jsonl")
+    images = config["prompts_per_epoch"] * config["images_per_prompt"]
     points = [{"epoch": 0, **config["initial"]}]
     points += [row for row in rows if row["eval_score"] is not None]
     return {
@@ -231,7 +232,8 @@ def judge(panel: Panel, out: Path, *, noises: int) -> list[dict]:
             if after:
                 model.read_lora(kept[after] / LORA_FILE)
             denoiser = model.sampler if after else model.reference
-            images, texts, kl = sample_held_out(model, denoiser, args, stream=Stream.EVALUATION)
+            evaluation = RandomPurpose.EVALUATION
+            images, texts, kl = sample_held_out(model, denoiser, args, purpose=evaluation)
             second = classifier.log_probability(images, texts, classifier.JUDGE)
             row = {
                 "after": after,  # clicks, or 1: the end
@@ -477,7 +479,7 @@ def collect(found: dict[Job, dict]) -> dict:
 def shipped(folder: Path) -> dict:
     """What paper.json has already."""
     file = folder / "paper.json"
-    return run_folder.read_json(file) if file.exists() else collect({})
+    return files.read_json(file) if file.exists() else collect({})
 
 
 def write(content: dict, folder: Path) -> None:
@@ -485,8 +487,8 @@ def write(content: dict, folder: Path) -> None:
     for name, of_panel in shipped(folder).items():
         content[name]["sweep"] = content[name]["sweep"] or of_panel["sweep"]
         content[name]["runs"] = of_panel["runs"] | content[name]["runs"]
-    run_folder.save_json(folder / "paper.json", content)
-    write_between(folder / "paper.md", MARK, page(content))
+    files.save_json(folder / "paper.json", content)
+    replace_section(folder / "paper.md", MARK, page(content))
     for name, draw in zip(FIGURES, (draw_scores, draw_bad_shares), strict=True):
         if any(content[name]["runs"].values()):
             draw(content, folder / FIGURES[name])
@@ -520,12 +522,12 @@ def final_jobs(panel: str, found: dict[Job, dict], seeds: int = len(SEEDS)) -> l
 
 def done(jobs: list[Job], work: Path) -> dict[Job, dict]:
     files = {job: work / job.name / "result.json" for job in jobs}
-    return {job: run_folder.read_json(file) for job, file in files.items() if file.exists()}
+    return {job: files.read_json(file) for job, file in files.items() if file.exists()}
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = make_parser("sd.bench_paper", __doc__.splitlines()[0])
-    work, count = run_folder.ROOT / "runs" / "bench_paper", options.positive(int)
+    work, count = files.ROOT / "runs" / "bench_paper", options.positive(int)
     parser.add_argument("--panels", nargs="+", choices=PANELS, default=[*PANELS], help="of these")
     parser.add_argument("--seeds", type=count, default=len(SEEDS), help="0, 1, ... of each")
     parser.add_argument("--quick", action="store_true", help="a look: one seed, few images")

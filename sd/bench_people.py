@@ -26,25 +26,20 @@ from PIL import Image
 from torch import Tensor
 
 import sd_demo
-from sd import options, run_folder
-from sd.bench import make_parser, markdown_table, size_change, write_between
+from sd import files, options, run_folder
+from sd.bench import make_parser, markdown_table, replace_section, size_change
 from sd.feedback import HumanFeedback
+from sd.files import LORA_FILE
 from sd.labels import pareto_preference
 from sd.metrics import win_rate
-from sd.model import (
-    PipelinePolicy,
-    load_model,
-    make_accelerator,
-    sample,
-    sample_held_out,
-)
+from sd.model import PipelinePolicy, load_model, make_accelerator, sample, sample_held_out
 from sd.prompts import load_prompts
-from sd.run_folder import LORA_FILE, Stream, generator
 from sd.scorers import jpeg_kb
+from sd.seeds import RandomPurpose, seeded_generator
 from toy.emoji_sd import classifier
 from toy.emoji_sd.render import NAMES, render
 
-RESULTS = run_folder.ROOT / "sd" / "results"
+RESULTS = files.ROOT / "sd" / "results"
 MARK = "<!-- python -m sd.bench_people writes what is between these two lines -->\n"
 RENDERINGS = "renderings"  # images of no model
 NOISE_KB = 0.2  # Gumbel noise on what a person thinks of an image
@@ -129,7 +124,7 @@ class SimulatedPerson(HumanFeedback):
     def collect_labels(self, rows: list[dict]) -> list[dict]:
         random = np.random.default_rng([self.args.seed, rows[0]["epoch"]])
         rows = [self.answer(row, random) for row in rows]
-        run_folder.append(self.args.out / "labels.jsonl", rows)
+        files.append(self.args.out / "labels.jsonl", rows)
         self.clicks += len(rows)
         return rows
 
@@ -192,11 +187,11 @@ def label_first(job: Job, folder: Path) -> Path:
     accelerator, prompts = make_accelerator("fp32"), load_prompts("animals")
     model = load_model(args, prompts, accelerator)
     person = SimulatedPerson(args, prompts, accelerator, taste=taste)
-    random = generator(job.seed, Stream.PROMPTS, 1)
+    random = seeded_generator(job.seed, RandomPurpose.PROMPTS, 1)
     numbers = torch.randint(len(prompts), (groups,), generator=random)
     batches = []
     for first in range(0, groups, args.batch_size):
-        noise = generator(job.seed, Stream.TRAINING, 1, first)
+        noise = seeded_generator(job.seed, RandomPurpose.TRAINING, 1, first)
         part = numbers[first : first + args.batch_size]
         batch = sample(model, model.reference, part, images_per_prompt=K, generator=noise)
         if job.recipe == RENDERINGS:
@@ -226,12 +221,12 @@ def run(job: Job, work: Path) -> None:
         sd_demo.main(argv)
     seconds = sum(
         row["seconds_sample"] + row["seconds_train"]
-        for row in run_folder.read_lines(out / "metrics.jsonl")
+        for row in files.read_lines(out / "metrics.jsonl")
     )
     if job.recipe in LABELS_FIRST:
         flags = "--labels FILE --prompts animals"
     result = {"flags": flags, "seconds": seconds, "quality": judge(job, out)}
-    run_folder.save_json(out / "quality.json", result)
+    files.save_json(out / "quality.json", result)
     print(f"{job.name}: done", flush=True)
 
 
@@ -243,7 +238,8 @@ def judge(job: Job, out: Path) -> list[dict]:
     model = load_model(args, load_prompts("animals"), make_accelerator("fp32"))
 
     def look(denoiser: PipelinePolicy) -> dict:
-        images, prompts, kl = sample_held_out(model, denoiser, args, stream=Stream.EVALUATION)
+        evaluation = RandomPurpose.EVALUATION
+        images, prompts, kl = sample_held_out(model, denoiser, args, purpose=evaluation)
         return {
             "scores": taste.score(images, prompts).tolist(),
             "animals": float(np.mean(classifier.recognised_by_judge(images, prompts))),
@@ -346,17 +342,17 @@ def write(jobs: list[Job], work: Path, folder: Path) -> None:
     for job in jobs:
         file = work / job.name / "quality.json"
         if file.exists():
-            results.setdefault((job.taste, job.recipe), []).append(run_folder.read_json(file))
+            results.setdefault((job.taste, job.recipe), []).append(files.read_json(file))
     file = folder / "people.json"
-    shipped = run_folder.read_json(file)["runs"] if file.exists() else []
+    shipped = files.read_json(file)["runs"] if file.exists() else []
     content = {(of_one["taste"], of_one["recipe"]): of_one for of_one in shipped}
     for (taste, recipe), of_one in results.items():
         head = {"taste": taste, "recipe": recipe, "flags": of_one[0]["flags"]}
         content[taste, recipe] = {**head, "rows": summary(of_one)}
     keys = [key for key in product(TASTES, [*RECIPES, *LABELS_FIRST]) if key in content]
     found = {key: content[key]["rows"] for key in keys}
-    run_folder.save_json(file, {"runs": [content[key] for key in keys]})
-    write_between(folder / "people.md", MARK, table(found))
+    files.save_json(file, {"runs": [content[key] for key in keys]})
+    replace_section(folder / "people.md", MARK, table(found))
     draw(found, folder / "people.png")
     shown = work / Job("warm", "default", 0).name / "progress.png"
     if shown.exists():
@@ -365,7 +361,7 @@ def write(jobs: list[Job], work: Path, folder: Path) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     parser = make_parser("sd.bench_people", __doc__.splitlines()[0])
-    work, recipes = run_folder.ROOT / "runs" / "bench_people", [*RECIPES, *LABELS_FIRST]
+    work, recipes = files.ROOT / "runs" / "bench_people", [*RECIPES, *LABELS_FIRST]
     count = options.positive(int)
     parser.add_argument("--tastes", nargs="+", choices=TASTES, default=[*TASTES], help="who")
     parser.add_argument("--recipes", nargs="+", choices=recipes, default=recipes, help="how")

@@ -46,7 +46,7 @@ def estimate(model: Model, args: Namespace, processes: int) -> Cost:
     """Count what an epoch of a run takes."""
     network, K, T = model.network, args.images_per_prompt, args.num_steps
     across = args.batch_size * processes
-    groups, batches = args.pairs_per_epoch, args.pairs_per_epoch // across
+    groups, batches = args.prompts_per_epoch, args.prompts_per_epoch // across
     batches_given = math.ceil(min(args.groups_given, EPOCH_GROUPS) / across)
     per_step = CALLS.get(args.loss, (1, 0))
     if args.loss == "sft" and not args.beta:
@@ -143,7 +143,7 @@ def describe(cost: Cost, model: Model, args: Namespace) -> str:
     elif args.objective:
         again = f", and {args.replay} batches of earlier ones" if args.replay else ""
         epoch += (
-            f"Objective {args.objective}. An epoch: {args.pairs_per_epoch} groups of "
+            f"Objective {args.objective}. An epoch: {args.prompts_per_epoch} groups of "
             f"{args.images_per_prompt} images, {cost.labels} labels{again};\n"
             f"Evaluations of the network: {cost.rows_sampled:,} to sample, "
             f"{cost.rows_without_gradient:,} without and {cost.rows_with_gradient:,} with gradient "

@@ -14,21 +14,14 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from sd import figures, run_folder
+from sd import UserError, figures, files
 from sd.annotate import FAREWELL, AnnotationServer, listen
 from sd.label_files import epochs_given
-from sd.labels import (
-    Label,
-    LabelError,
-    answer_field,
-    pairs_of_group,
-    pareto_preference,
-    read_labels,
-)
+from sd.labels import Label, answer_field, pairs_of_group, pareto_preference, read_labels
 from sd.metrics import EvalResult, mean_and_error, win_rate, win_rate_vs_reference
 from sd.model import Batch, Model, PipelinePolicy, sample_held_out, sample_stock
-from sd.run_folder import Stream
 from sd.scorers import load_scorers
+from sd.seeds import RandomPurpose
 
 PIXEL_TOLERANCE = 4  # mean difference, of 255, up to which an image sampled again is the same
 
@@ -99,11 +92,11 @@ class ScorerFeedback:
         ]
 
     def collect_labels(self, rows: list[dict]) -> list[dict]:
-        run_folder.append(self.args.out / "labels.jsonl", rows)
+        files.append(self.args.out / "labels.jsonl", rows)
         return rows
 
     def save_image(self, image: Image.Image, file: Path) -> None:
-        run_folder.save_image(file, image)
+        files.save_image(file, image)
 
     def evaluate(self, images: list[Image.Image], prompts: list[str], kl=None) -> EvalResult:
         watched = self.watch(images, prompts) if self.watch else []
@@ -168,10 +161,10 @@ class HumanFeedback(ScorerFeedback):
         return answered
 
     def save_image(self, image: Image.Image, file: Path) -> None:
-        """Save an image. One that people may have judged is not replaced by another: LabelError."""
+        """Save an image. One that people may have judged is not replaced by another: UserError."""
         before = figures.open_image(file)
         if before is None and file.exists() and is_judged(file):
-            raise LabelError(
+            raise UserError(
                 f"{file} cannot be read, and people have judged it: put a copy of it back, or "
                 "delete its lines in labels.jsonl"
             )
@@ -179,7 +172,7 @@ class HumanFeedback(ScorerFeedback):
             return super().save_image(image, file)
         difference = np.asarray(image, float) - np.asarray(before.resize(image.size), float)
         if (change := np.abs(difference).mean()) > PIXEL_TOLERANCE:
-            raise LabelError(
+            raise UserError(
                 f"{file} cannot be sampled again as people saw it (pixels differ by {change:.0f} "
                 "of 255): go on with the machine that made it, or delete it and its labels"
             )
@@ -191,12 +184,12 @@ class HumanFeedback(ScorerFeedback):
     def close(self, code: str, reason: str | None) -> None:
         if self.server:
             out = self.args.out
-            text = f"{f'{reason}.' if reason else FAREWELL} {where_it_is(out)}"
+            text = f"{f'{reason}.' if reason else FAREWELL} {result_paths(out)}"
             evaluate = f"python sd_demo.py --evaluate {out}"
             self.server.close(f"{text} Is it better? A blind test: {evaluate}", code)
 
 
-def where_it_is(run: Path) -> str:
+def result_paths(run: Path) -> str:
     return f"The LoRA is in {run / 'lora'}; the report is {run / 'report.html'}."
 
 
@@ -208,7 +201,7 @@ def number(score: float) -> float | None:
 def is_judged(image: Path) -> bool:
     """Whether labels.jsonl of a folder has an answer about RUN/images/NAME."""
     run, name = image.parents[1], f"images/{image.name}"
-    rows = run_folder.read_lines(run / "labels.jsonl")
+    rows = files.read_lines(run / "labels.jsonl")
     return any(
         name in row.get("images", []) and row.get(answer_field(row)) is not None for row in rows
     )
@@ -231,7 +224,7 @@ def evaluate_held_out(
     model: Model,
     denoiser: PipelinePolicy,
     *,
-    stream: Stream = Stream.HELD_OUT,
+    purpose: RandomPurpose = RandomPurpose.HELD_OUT,
     save_as: int | None = None,
 ) -> EvalResult:
     """What the scorers think of images of fixed prompts and noises, whatever was trained.
@@ -239,10 +232,10 @@ def evaluate_held_out(
     save_as: the epoch under which some of the images are kept. With --max-kl there is a KL too.
     """
     args = feedback.args
-    images, prompts, kl = sample_held_out(model, denoiser, args, stream=stream)
+    images, prompts, kl = sample_held_out(model, denoiser, args, purpose=purpose)
     if save_as is not None:
         for n, image in enumerate(images[: figures.NUM_FIGURE_IMAGES]):
-            run_folder.save_image(figures.held_out_file(args.out, save_as, n), image)
+            files.save_image(figures.held_out_file(args.out, save_as, n), image)
     return feedback.evaluate(images, prompts, kl)
 
 
@@ -250,10 +243,10 @@ def evaluate_initial(feedback: ScorerFeedback, model: Model) -> EvalResult:
     """The model before training on the held-out noises; config.json keeps what it scores."""
     args = feedback.args
     result = evaluate_held_out(feedback, model, model.reference, save_as=0)
-    config = run_folder.read_json(args.out / "config.json")
+    config = files.read_json(args.out / "config.json")
     config |= {"epochs": args.epochs, "max_kl": args.max_kl, "initial": result.as_row()}
     config["stopped"] = None
-    run_folder.save_json(args.out / "config.json", config)
+    files.save_json(args.out / "config.json", config)
     return result
 
 
@@ -266,7 +259,7 @@ def compare_with_initial(feedback: ScorerFeedback, model: Model, epoch: int, cod
     """
     args = feedback.args
     initial, tuned = (
-        evaluate_held_out(feedback, model, denoiser, stream=Stream.EVALUATION)
+        evaluate_held_out(feedback, model, denoiser, purpose=RandomPurpose.EVALUATION)
         for denoiser in (model.reference, model.sampler)
     )
     if isinstance(feedback, HumanFeedback):
@@ -279,7 +272,7 @@ def compare_with_initial(feedback: ScorerFeedback, model: Model, epoch: int, cod
     )
     stock = win_rate_vs_reference(stock_tuned, stock_initial)
     result = {"objective": args.objective, **result, "stock": stock}
-    run_folder.save_json(args.out / "evaluation.json", result)
+    files.save_json(args.out / "evaluation.json", result)
     print(json.dumps(result, indent=2))
     for before, after, name in (
         (initial, tuned, "evaluation.png"),
@@ -316,12 +309,12 @@ def blind_test(
     h = [row["h"] for row, of_one in zip(rows, votes, strict=True) if of_one]
     if not h:
         server.close("Nothing was answered, so there is no result.")
-        raise LabelError("No question of the blind test was answered")
+        raise UserError("No question of the blind test was answered")
     result = win_rate(torch.tensor(h))
     low, high = result["win_rate_interval"]
     server.close(
         f"Thank you. The tuned model's image was better in {result['win_rate']:.0%} of {len(h)} "
-        f"answers, ties half (95 % interval {low:.0%} to {high:.0%}). {where_it_is(args.out)}",
+        f"answers, ties half (95 % interval {low:.0%} to {high:.0%}). {result_paths(args.out)}",
         code,
     )
     majorities = [2 * of_one.count(1) > len(of_one) for of_one in votes if of_one]

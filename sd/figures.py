@@ -9,7 +9,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from PIL import Image
 
-from sd import run_folder
+from sd import files
 
 NUM_FIGURE_IMAGES = 8  # held-out images that a run keeps at each evaluation
 NUM_PROGRESS_ROWS = 6
@@ -46,8 +46,8 @@ def draw_run(run: Path) -> list[Path]:
 
     reward_curve.png; progress.png and before_after.png, where the last epoch was evaluated.
     """
-    config = run_folder.read_json(run / "config.json")
-    rows = run_folder.read_lines(run / "metrics.jsonl")
+    config = files.read_json(run / "config.json")
+    rows = files.read_lines(run / "metrics.jsonl")
     numbers = held_out_numbers(run, 0)
     kept = [row for row in rows if held_out_numbers(run, row["epoch"]) == numbers != []]
     evaluated = [{"epoch": 0, **config["initial"]}, *kept]
@@ -154,6 +154,6 @@ def draw_rows(rows: list[list[Image.Image]], names: list[str], path: Path) -> Pa
 
 
 def save_figure(figure: plt.Figure, path: Path) -> Path:
-    run_folder.replace(path, lambda part: figure.savefig(part, format="png", dpi=110))
+    files.replace(path, lambda part: figure.savefig(part, format="png", dpi=110))
     plt.close(figure)
     return path

@@ -37,8 +37,8 @@ from collections.abc import Hashable
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
-from sd import tables
-from sd.labels import LabelError, majority, parse_answer
+from sd import UserError, tables
+from sd.labels import majority, parse_answer
 
 MAX_GROUP = 8  # images trained on together
 EPOCH_GROUPS = 16  # in an epoch at most, so that a run can stop within a pass over a large file
@@ -121,7 +121,7 @@ def epochs_given(args: Namespace) -> int:
 def read_label_file(path: Path, images: Path | None = None) -> LabelFile:
     """The groups of a label file or folder; images: the folder that names are relative to.
 
-    Raises LabelError, with file and line, for what cannot be understood, or if no pair is left.
+    Raises UserError, with file and line, for what cannot be understood, or if no pair is left.
     """
     root = images or (path if os.path.isdir(path) else path.parent)
     comparisons: dict[Hashable, Comparison] = {}
@@ -129,9 +129,9 @@ def read_label_file(path: Path, images: Path | None = None) -> LabelFile:
         try:
             add_row(comparisons, row)
         except ValueError as error:
-            raise LabelError(f"{where}: {error}") from error
+            raise UserError(f"{where}: {error}") from error
     if not comparisons:
-        raise LabelError(f"{path}: there are no rows; sd/label_files.py says what they look like")
+        raise UserError(f"{path}: there are no rows; sd/label_files.py says what they look like")
 
     exists = functools.cache(os.path.isfile)  # Path.is_file fails on a name that is too long
     missing: dict[Path, None] = {}
@@ -151,10 +151,10 @@ def read_label_file(path: Path, images: Path | None = None) -> LabelFile:
         pieces += [(each.prompt, pairs) for pairs in cut(there)]
     if not first:
         counts = f"{ties} ties, {skipped} skipped"
-        raise LabelError(f"{path}: no image is better than another ({counts}): nothing to train on")
+        raise UserError(f"{path}: no image is better than another ({counts}): nothing to train on")
     if not pieces:
         looked = f"the first one is {str(next(iter(missing))):.300}"
-        raise LabelError(f"{path}: each pair misses an image, {looked}; give --images DIR")
+        raise UserError(f"{path}: each pair misses an image, {looked}; give --images DIR")
     return LabelFile(merge(pieces), ties, skipped, list(missing), first)
 
 
@@ -167,9 +167,9 @@ def read_rows(path: Path) -> tables.Rows:
             yield from tables.read_rows(path, json_columns=NOT_TEXT, may_be_cut=True)
         else:
             known = ", ".join(tables.SUFFIXES)
-            raise LabelError(f"{path}: give a file {known}, or a folder with w/ and l/")
+            raise UserError(f"{path}: give a file {known}, or a folder with w/ and l/")
     except ValueError as error:
-        raise LabelError(str(error)) from error
+        raise UserError(str(error)) from error
 
 
 def folder_rows(folder: Path) -> tables.Rows:
@@ -179,14 +179,14 @@ def folder_rows(folder: Path) -> tables.Rows:
             by_name[file.stem].append(file)
     for name, files in by_name.items():
         if [file.parent.name for file in files] != ["w", "l"]:
-            raise LabelError(f"{files[0]}: give one image {name} in w/ and one in l/")
+            raise UserError(f"{files[0]}: give one image {name} in w/ and one in l/")
         captions = [folder / side / f"{name}.txt" for side in ("w", "l", "")]
         try:
             prompts = {file.read_text("utf-8-sig").strip() for file in captions if file.is_file()}
         except UnicodeDecodeError as error:
-            raise LabelError(f"{files[0]}: its prompt is not in UTF-8 ({error})") from error
+            raise UserError(f"{files[0]}: its prompt is not in UTF-8 ({error})") from error
         if len(prompts) != 1:
-            raise LabelError(f"{files[0]}: it has {len(prompts)} prompts; give one, {captions[0]}")
+            raise UserError(f"{files[0]}: it has {len(prompts)} prompts; give one, {captions[0]}")
         chosen, rejected = (f"{file.parent.name}/{file.name}" for file in files)
         yield f"{files[0]}", {"prompt": prompts.pop(), "chosen": chosen, "rejected": rejected}
 

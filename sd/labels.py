@@ -43,11 +43,7 @@ import torch
 from torch import Tensor
 
 import d3po
-from sd import tables
-
-
-class LabelError(ValueError):
-    """Labels cannot be had: a labels.jsonl with a flaw, or no page to ask people on."""
+from sd import UserError, tables
 
 
 class Label(NamedTuple):
@@ -143,7 +139,7 @@ def read_labels(file: Path, questions: list[dict]) -> dict[tuple, dict]:
     """The answers to questions of one epoch in a label file, each checked.
 
     questions: lines of the file whose answer is null. Returns, for the images of each question as a
-    tuple, {annotator, or None without a name: h, or bad, or None where skipped}. Raises LabelError,
+    tuple, {annotator, or None without a name: h, or bad, or None where skipped}. Raises UserError,
     with file and line number, for a line that cannot be understood.
     """
     by_images = {frozenset(question["images"]): question for question in questions}
@@ -156,7 +152,7 @@ def read_labels(file: Path, questions: list[dict]) -> dict[tuple, dict]:
             question = find_question(row, by_images)
             answer = parse_answer(row, question)
         except ValueError as error:
-            raise LabelError(f"{file}, line {number}: {error}") from error
+            raise UserError(f"{file}, line {number}: {error}") from error
         answers[tuple(question["images"])][row.get("annotator")] = answer
     return answers
 

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from sd import run_folder
+from sd import files
 from sd.labels import has_preference, pareto_preference
 
 TIED_EPOCHS = 3  # in a row in which no label says which image is better, after which a run stops
@@ -136,7 +136,7 @@ def label_counts(rows: list[dict]) -> dict:
 
 def nothing_to_learn(run: Path) -> str | None:
     """Why a run cannot go on, where no label of its last TIED_EPOCHS epochs says what is better."""
-    last = run_folder.read_lines(run / "metrics.jsonl")[-TIED_EPOCHS:]
+    last = files.read_lines(run / "metrics.jsonl")[-TIED_EPOCHS:]
     if [row.get("preferences") for row in last] != [0] * TIED_EPOCHS:
         return None
     return (
@@ -206,11 +206,11 @@ def format_metrics(row: dict, epochs: int, initial: dict) -> str:
     if row["score"] is not None:
         parts.append(f"score {row['score']:.3f} ± {row['score_sem']:.3f}")
     if row["eval_score"] is not None:
-        parts.append(f"held out {beside(row, initial, 'eval_score')}")
+        parts.append(f"held out {with_initial(row, initial, 'eval_score')}")
     if row["eval_win_rate"] is not None:
         parts.append(f"win rate {row['eval_win_rate']:.0%}")
     if row["watched"] is not None:
-        parts.append(f"watched {beside(row, initial, 'watched')}")
+        parts.append(f"watched {with_initial(row, initial, 'watched')}")
     if row["unscored"]:
         parts.append(f"{row['unscored']} images without a score, in no label")
     if row["accuracy"] is not None:
@@ -227,7 +227,7 @@ def format_metrics(row: dict, epochs: int, initial: dict) -> str:
     return "; ".join([*parts, *(f"WARNING: {warning}" for warning in row["warnings"])])
 
 
-def beside(row: dict, initial: dict, key: str) -> str:
+def with_initial(row: dict, initial: dict, key: str) -> str:
     before = "has none" if initial[key] is None else f"{initial[key]:.3f}"
     return f"{row[key]:.3f} (initial {before})"
 

@@ -28,7 +28,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import d3po
-from sd import run_folder
+from sd import files
+from sd.files import LORA_FILE
 from sd.pipeline import (
     NETWORKS,
     Conditioning,
@@ -38,7 +39,7 @@ from sd.pipeline import (
     prediction_of,
     use_ddim,
 )
-from sd.run_folder import LORA_FILE, Stream, generator
+from sd.seeds import RandomPurpose, seeded_generator
 
 LORA_TARGETS = ["to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj"]  # App. E
 STOCK_IMAGES = 16  # a stock call takes 50 steps, guided
@@ -188,7 +189,7 @@ class Model(NamedTuple):
         def write(part: Path) -> None:
             self.pipe.save_lora_weights(folder, weight_name=part.name, **layers)
 
-        run_folder.replace(folder / LORA_FILE, write)
+        files.replace(folder / LORA_FILE, write)
 
     def lora_state(self) -> dict:
         """The LoRA's tensors by PEFT's names; they follow the training."""
@@ -338,7 +339,7 @@ def sample(
 
 
 def sample_held_out(
-    model: Model, denoiser: PipelinePolicy, args: Namespace, *, stream: Stream
+    model: Model, denoiser: PipelinePolicy, args: Namespace, *, purpose: RandomPurpose
 ) -> tuple[list[Image.Image], list[str], float | None]:
     """--eval-images images of the evaluation's prompts, in turn, and noises, whatever was trained.
 
@@ -349,7 +350,7 @@ def sample_held_out(
     for start in range(0, args.eval_images, size):
         numbers = torch.arange(start, min(start + size, args.eval_images))
         numbers = model.eval_prompts[numbers % len(model.eval_prompts)]
-        noise = generator(args.seed, stream, start)
+        noise = seeded_generator(args.seed, purpose, start)
         batch = sample(model, denoiser, numbers, images_per_prompt=1, generator=noise)
         images += batch.images
         prompts += batch.prompts
@@ -378,7 +379,7 @@ def sample_stock(
         with lora_off(model.network) if denoiser.reference else nullcontext():
             for start in range(0, N, args.batch_size * args.images_per_prompt):
                 part = range(start, min(start + args.batch_size * args.images_per_prompt, N))
-                noise = [generator(args.seed, Stream.STOCK, n) for n in part]
+                noise = [seeded_generator(args.seed, RandomPurpose.STOCK, n) for n in part]
                 images += pipe([prompts[n] for n in part], generator=noise, **size).images
     finally:
         pipe.scheduler = own

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from sd import run_folder
+from sd import files, run_folder
 from sd.cost import Cost
 from sd.label_files import epochs_given
 from sd.losses import LOSSES, SCORED
@@ -23,11 +23,11 @@ from sd.pipeline import DTYPES, PRESETS, pipeline_name
 from sd.scorers import AESTHETIC_HEAD, CLIP
 
 SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
-EMOJI = run_folder.ROOT / "toy" / "emoji_sd"
+EMOJI = files.ROOT / "toy" / "emoji_sd"
 
 # What measured best on the emoji model
 EMOJI_PRESETS = """
-    --epochs 24 --pairs-per-epoch 4 --images-per-prompt 8 --batch-size 4 --num-steps 10
+    --epochs 24 --prompts-per-epoch 4 --images-per-prompt 8 --batch-size 4 --num-steps 10
     --guidance-scale 1 --lr 1.5e-3 --beta 0.15 --no-gradient-checkpointing
     --eval-images 90 --eval-every 4 --max-kl 25
 """
@@ -37,16 +37,16 @@ CHAIN = "--loss chain --update-every trajectory --batch-size 1 --replay 4"
 FEW_LABELS = "--average-weights --max-kl 30 --eval-images 16 --eval-every 1"
 HUMAN_PRESETS = {  # few questions an epoch: a person soon sees what the clicks do
     "human": f"""
-        {CHAIN} --epochs 20 --pairs-per-epoch 8 --images-per-prompt 2 --beta 0.1 --warm-up 8
+        {CHAIN} --epochs 20 --prompts-per-epoch 8 --images-per-prompt 2 --beta 0.1 --warm-up 8
         {FEW_LABELS}""",
     "tags": f"""
-        --epochs 10 --pairs-per-epoch 8 --images-per-prompt 7 --beta 0.03 --warm-up 6 --replay 8
+        --epochs 10 --prompts-per-epoch 8 --images-per-prompt 7 --beta 0.03 --warm-up 6 --replay 8
         {FEW_LABELS}""",
 }
 LABELS_PRESET = f"{CHAIN} --beta 0.06 {FEW_LABELS}"
 # Table 2 and Sec. 5.1 (4 GPUs, 2 batches of 10 pairs each): as released, and as Alg. 1 is printed
 TABLE_2 = """
-    --epochs 400 --pairs-per-epoch 80 --images-per-prompt 2 --batch-size 1 --num-steps 20 --eta 1
+    --epochs 400 --prompts-per-epoch 80 --images-per-prompt 2 --batch-size 1 --num-steps 20 --eta 1
     --guidance-scale 5 --loss eq14 --reference initial --skip-last 0 --replay 0
     --no-average-weights --warm-up 1 --lr 3e-5 --lr-schedule constant --weight-decay 1e-4
     --max-grad-norm 1
@@ -100,14 +100,14 @@ def not_negative(text: str) -> float:
 not_negative.__name__ = "float"
 
 
-def is_there(device: str) -> bool:
+def device_available(device: str) -> bool:
     """Whether this machine has a device of --device."""
     checks = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}
     return device not in checks or checks[device]()
 
 
 def uses_cuda(device: str) -> bool:
-    return device in ("auto", "cuda") and is_there("cuda")
+    return device in ("auto", "cuda") and device_available("cuda")
 
 
 def build_parser() -> tuple[ArgumentParser, dict]:
@@ -223,7 +223,7 @@ def add_common_flags(add) -> None:
     epochs = "times to sample and train; with --labels alone, passes over it"
     add("--epochs", 50, type=count, metavar="N", help=epochs)
     groups = "groups of images, each of one prompt and x_T"
-    add("--pairs-per-epoch", 8, type=count, metavar="N", help=groups)
+    add("--prompts-per-epoch", 8, type=count, metavar="N", help=groups)
     size = "images of a group: K(K-1)/2 pairs; people are asked K of them (K = 2: one)"
     add("--images-per-prompt", 4, type=int, metavar="K", help=size)
     add("--num-steps", 20, type=count, metavar="T", help="denoising steps")
@@ -386,7 +386,7 @@ def check(args: Namespace) -> None:
             args.reference == "previous" and args.loss not in ("eq14", "eq12", "chain")
         ),
         f"--device {args.device} is not on this machine: give another, or auto": (
-            not is_there(args.device)
+            not device_available(args.device)
         ),
         "--precision fp16 needs a CUDA GPU: give fp32 or bf16": (
             args.precision == "fp16" and not uses_cuda(args.device)
@@ -444,6 +444,6 @@ def calls_to_go(args: Namespace, cost: Cost, epochs_done: int) -> int:
 def check_batches(args: Namespace, processes: int) -> None:
     """Raise ValueError where the groups of an epoch do not fill whole batches on all processes."""
     across = args.batch_size * processes
-    if args.objective and args.pairs_per_epoch % across:
+    if args.objective and args.prompts_per_epoch % across:
         message = f"give a multiple of {across}, as many as are trained on together"
-        raise ValueError(f"--pairs-per-epoch {args.pairs_per_epoch}: {message}")
+        raise ValueError(f"--prompts-per-epoch {args.prompts_per_epoch}: {message}")

@@ -5,7 +5,7 @@ import html
 from argparse import Namespace
 from pathlib import Path
 
-from sd import run_folder
+from sd import files
 
 FIGURES = {  # file of a run -> what it shows
     "reward_curve.png": "Over the epochs.",
@@ -23,7 +23,7 @@ th { text-align: left; font-weight: normal; padding-right: 2rem }
 
 
 def settings_of(run: Path) -> Namespace:
-    return Namespace(**{**run_folder.read_json(run / "config.json"), "out": run})
+    return Namespace(**{**files.read_json(run / "config.json"), "out": run})
 
 
 def usage(run: Path, prompt: str, *, pipeline: str, flow: bool) -> str:
@@ -70,19 +70,19 @@ def write(run: Path, epoch: int, code: str) -> None:
     args = settings_of(run)
     learned = f"objective {args.objective}" if args.objective else f"labels of {args.labels}"
     title = f"LoRA for {args.model}, {learned}, {epoch} epochs of D3PO (arXiv 2311.13231)"
-    rows = run_folder.read_lines(run / "metrics.jsonl")
+    rows = files.read_lines(run / "metrics.jsonl")
     evaluation = run / "evaluation.json"
-    result = run_folder.read_json(evaluation) if evaluation.exists() else {}
+    result = files.read_json(evaluation) if evaluation.exists() else {}
     stock = result.pop("stock", None)
     note = "At the pipeline's own settings its effect is not measured: --evaluate does it."
     if stock:
-        note = f"At the pipeline's own settings, pipe(prompt), its effect: {show(stock)}."
+        note = f"At the pipeline's own settings, pipe(prompt), its effect: {format_value(stock)}."
     pictures = [name for name in FIGURES if (run / name).exists()]
 
     card = [f"# {title}", f"    {args.command}", f"```python\n{code}\n```", note]
     card += [f"![{FIGURES[name]}]({name})" for name in pictures]
-    card += [f"Evaluation: {show(result)}."] if result else []
-    run_folder.save_text(run / "README.md", "\n\n".join(card) + "\n")
+    card += [f"Evaluation: {format_value(result)}."] if result else []
+    files.save_text(run / "README.md", "\n\n".join(card) + "\n")
 
     page = [f"<!doctype html><html lang=en><meta charset=utf-8><title>D3PO</title>{STYLE}"]
     page += [f"<main><h1>{html.escape(title)}</h1><pre>{html.escape(args.command)}</pre>"]
@@ -103,17 +103,21 @@ def write(run: Path, epoch: int, code: str) -> None:
         page += ["<h2>Warnings</h2><ul>", *(f"<li>{html.escape(line)}" for line in lines), "</ul>"]
     for head, content in (("Evaluation", result), ("The last epoch", last)):
         known = {key: value for key, value in content.items() if value is not None}
-        cells = "".join(f"<tr><th>{key}<td>{html.escape(show(v))}" for key, v in known.items())
+        cells = "".join(
+            f"<tr><th>{key}<td>{html.escape(format_value(v))}" for key, v in known.items()
+        )
         page += [f"<h2>{head}</h2><table>{cells}</table>"] if known else []
-    run_folder.save_text(run / "report.html", "\n".join(page) + "\n")
+    files.save_text(run / "report.html", "\n".join(page) + "\n")
 
 
-def show(value) -> str:
+def format_value(value) -> str:
     """A value of a table, numbers to four digits."""
     if isinstance(value, dict):
-        return ", ".join(f"{key} {show(part)}" for key, part in value.items() if part is not None)
+        return ", ".join(
+            f"{key} {format_value(part)}" for key, part in value.items() if part is not None
+        )
     if isinstance(value, list):
-        return " to ".join(map(show, value))
+        return " to ".join(map(format_value, value))
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 

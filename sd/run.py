@@ -8,11 +8,10 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from sd import metrics, report, run_folder
+from sd import UserError, files, metrics, report
 from sd.feedback import ScorerFeedback
-from sd.memory import LabelledBatch, Memory
 from sd.model import Model, RunningAverage
-from sd.run_folder import RunError
+from sd.replay import LabelledBatch, ReplayBuffer
 
 
 class Run(NamedTuple):
@@ -24,7 +23,7 @@ class Run(NamedTuple):
     average: RunningAverage
     optimizer: torch.optim.Optimizer
     feedback: ScorerFeedback
-    memory: Memory
+    memory: ReplayBuffer
 
     @property
     def trained_steps(self) -> int:
@@ -57,16 +56,16 @@ class Run(NamedTuple):
             "optimizer": self.optimizer.state_dict(),
             "scaler": scaler and scaler.state_dict(),
         }
-        run_folder.save_tensors(args.out / "checkpoint" / "state.pt", state)
+        files.save_tensors(args.out / "checkpoint" / "state.pt", state)
 
     def rows(self) -> list[dict]:
         """Of metrics.jsonl."""
-        return run_folder.read_lines(self.args.out / "metrics.jsonl")
+        return files.read_lines(self.args.out / "metrics.jsonl")
 
-    def note_stop(self, epoch: int, reason: str) -> None:
+    def record_stop(self, epoch: int, reason: str) -> None:
         """Keep in config.json and the report why a run ends before this epoch is kept."""
         file = self.args.out / "config.json"
-        run_folder.save_json(file, run_folder.read_json(file) | {"stopped": reason})
+        files.save_json(file, files.read_json(file) | {"stopped": reason})
         self.write_report(epoch - 1)
 
     def write_report(self, epoch: int) -> None:
@@ -82,21 +81,21 @@ class Run(NamedTuple):
     def load_checkpoint(self) -> int:
         """Go back to the last checkpoint, if there is one; return its epoch, or 0.
 
-        To evaluate, what lora/ holds does too. Raises RunError where neither can be used.
+        To evaluate, what lora/ holds does too. Raises UserError where neither can be used.
         """
         out, evaluate = self.args.out, self.args.evaluate
-        state, lora = out / "checkpoint" / "state.pt", out / "lora" / run_folder.LORA_FILE
+        state, lora = out / "checkpoint" / "state.pt", out / "lora" / files.LORA_FILE
         if state.exists():
             try:
-                return run_folder.read_file(state, self.restore)
-            except RunError:
+                return files.read_file(state, self.restore)
+            except UserError:
                 if not evaluate or not lora.exists():
                     raise
         if not evaluate:
             return 0
         if not lora.exists():
-            raise RunError(f"{out} has trained nothing yet: there is no model to evaluate")
-        run_folder.read_file(lora, self.model.read_lora)
+            raise UserError(f"{out} has trained nothing yet: there is no model to evaluate")
+        files.read_file(lora, self.model.read_lora)
         self.accelerator.print(f"There is no checkpoint that can be read: this is about {lora}.")
         rows = self.rows()
         return rows[-1]["epoch"] if rows else 0

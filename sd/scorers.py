@@ -18,6 +18,8 @@ import torch
 from PIL import Image
 from torch import nn
 
+from sd import UserError
+
 Scorer = Callable[
     [list[Image.Image], list[str]], Sequence[float]
 ]  # images, prompts -> a number each
@@ -27,10 +29,6 @@ AESTHETIC_HEAD = (
     "https://github.com/christophschuhmann/improved-aesthetic-predictor/raw/main/"
     "sac+logos+ava1-l14-linearMSE.pth"
 )
-
-
-class ScorerError(ValueError):
-    """A scorer of the user's own does not do what it should."""
 
 
 def load_scorers(
@@ -180,43 +178,43 @@ def load_custom_scorer(file: str, function: str, prompts: list[str]) -> Scorer:
             scorer = getattr(home.load(), function, None)
     except (Exception, SystemExit) as error:
         problem = f"{type(error).__name__}: {error}"
-        raise ScorerError(f"{title} cannot be loaded ({problem})") from error
+        raise UserError(f"{title} cannot be loaded ({problem})") from error
     if not callable(scorer):
-        raise ScorerError(f"{title} cannot be loaded (the file has no function '{function}')")
+        raise UserError(f"{title} cannot be loaded (the file has no function '{function}')")
 
     def checked(images, prompts):
         try:
             with home.entered():
                 answer = scorer([image.copy() for image in images], list(prompts))
                 return read_scores(answer, len(images))
-        except ScorerError as error:
+        except UserError as error:
             problem = f"gave {error}: give one number for each image"
-            raise ScorerError(f"the scorer {title} {problem}") from error
+            raise UserError(f"the scorer {title} {problem}") from error
         except (Exception, SystemExit) as error:
             problem = f"raised {type(error).__name__}: {error}"
-            raise ScorerError(f"the scorer {title} {problem}") from error
+            raise UserError(f"the scorer {title} {problem}") from error
 
     checked([Image.new("RGB", (64, 64), "grey")] * 2, (prompts * 2)[:2])
     return checked
 
 
 def read_scores(answer: Any, count: int) -> list[float]:
-    """A finite number for each of so many images, or NaN. Raises ScorerError: what was given."""
+    """A finite number for each of so many images, or NaN. Raises UserError: what was given."""
     kind = "nothing" if answer is None else f"a {type(answer).__name__}"
     if isinstance(answer, str | bytes | Mapping | Set) or not isinstance(answer, Iterable):
-        raise ScorerError(kind)
+        raise UserError(kind)
     if hasattr(answer, "tolist"):  # an array, or a tensor
         if tuple(answer.shape) != (count,):
-            raise ScorerError(f"numbers of shape {tuple(answer.shape)}, not {(count,)}")
+            raise UserError(f"numbers of shape {tuple(answer.shape)}, not {(count,)}")
         answer = answer.tolist()
     values = list(answer)
     wrong = [value for value in values if not is_score(value)]
     if isinstance(answer, tuple) and (wrong or len(values) != count):
-        raise ScorerError(kind)
+        raise UserError(kind)
     if wrong:
-        raise ScorerError(f"{kind} with {wrong[0]!r:.60}")
+        raise UserError(f"{kind} with {wrong[0]!r:.60}")
     if len(values) != count:
-        raise ScorerError(f"{len(values)} of {count} numbers")
+        raise UserError(f"{len(values)} of {count} numbers")
     values = [value.item() if hasattr(value, "item") else value for value in values]
     scores = [math.nan if value is None else float(value) for value in values]
     return [score if math.isfinite(score) else math.nan for score in scores]

@@ -1021,7 +1021,7 @@ def test_by_default_all_steps_are_taken_in_an_order_drawn_from_torchs_global_gen
     assert order(0) == orders[0]
 
 
-# Memory
+# ReplayBuffer
 
 
 class SavedBytes:

@@ -13,15 +13,15 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from peft import get_peft_model_state_dict
 
 import sd_demo
-from sd import memory, model, options, prompts
-from sd.run_folder import generator
+from sd import model, options, prompts, replay
+from sd.seeds import seeded_generator
 from toy.emoji_sd import models
 
 PROMPTS = prompts.PROMPTS["animals"][:5]
 # A rate and rank at which few updates show
 FLAGS = """
     --precision fp32 --num-steps 3 --skip-last 0 --guidance-scale 3 --lr 0.005 --lora-rank 4
-    --epochs 2 --pairs-per-epoch 2 --batch-size 2 --images-per-prompt 2
+    --epochs 2 --prompts-per-epoch 2 --batch-size 2 --images-per-prompt 2
     --eval-images 2 --eval-every 1 --no-gradient-checkpointing
 """
 MEASURED = {"seconds_sample", "seconds_train", "peak_memory_mb"}
@@ -56,7 +56,7 @@ class Loaded:
             average=model.RunningAverage(self.model.lora, enabled=args.average_weights),
             optimizer=optimizer,
             feedback=None,
-            memory=memory.Memory(args, accelerator, self.model.schedule, prompts),
+            memory=replay.ReplayBuffer(args, accelerator, self.model.schedule, prompts),
         )
         self.args, self.optimizer = args, optimizer
 
@@ -66,14 +66,14 @@ class Loaded:
             denoiser or self.model.sampler,
             torch.as_tensor(prompts),
             images_per_prompt=K,
-            generator=generator(self.args.seed, *numbers),
+            generator=seeded_generator(self.args.seed, *numbers),
         )
 
     def update(self, batch, pairs, ref=None, steps=None) -> tuple[list, list]:
         """`sd_demo.update_batch`: losses, and for each update if it overflowed."""
         return sd_demo.update_batch(
             self.run,
-            memory.LabelledBatch(batch.trajectory, batch.cond, torch.tensor(pairs).view(-1, 2)),
+            replay.LabelledBatch(batch.trajectory, batch.cond, torch.tensor(pairs).view(-1, 2)),
             ref_log_prob=self.reference_log_prob(batch) if ref is None else ref,
             steps=list(range(self.args.num_steps)) if steps is None else steps,
         )

@@ -25,8 +25,8 @@ from PIL import Image
 
 from sd import annotate
 from sd.figures import held_out_file
+from sd.files import ROOT, save_lines
 from sd.prompts import PROMPTS
-from sd.run_folder import ROOT, save_lines
 
 WAIT = 120  # seconds that nothing here should take, even where the machine is busy
 AS_JSON = {"Content-Type": "application/json"}
@@ -826,7 +826,7 @@ def test_a_taken_port_is_said_and_the_next_free_one_found(start, tmp_path):
     assert first.port != second.port and {first.port, second.port} <= set(annotate.PORTS)
     for port in (first.port, 70_000):
         server = annotate.AnnotationServer(tmp_path, 1, 0, port)
-        with pytest.raises(annotate.labels.LabelError, match=f"{port}: give another --port"):
+        with pytest.raises(annotate.UserError, match=f"{port}: give another --port"):
             server.ask(questions)
 
 

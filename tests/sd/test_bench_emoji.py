@@ -39,7 +39,7 @@ def test_sizes_are_compared_above_that_of_a_blank_image():
 
 @pytest.mark.slow
 def test_one_command_makes_page_and_figures_and_goes_on_where_it_stopped(tmp_path, monkeypatch):
-    tiny = "--epochs 1 --pairs-per-epoch 4 --images-per-prompt 2 --num-steps 3 --eval-images 8"
+    tiny = "--epochs 1 --prompts-per-epoch 4 --images-per-prompt 2 --num-steps 3 --eval-images 8"
     name, results, work = bench_emoji.DEFAULT, tmp_path / "results", tmp_path / "work"
     results.mkdir()
     page = results / "emoji_runs.md"

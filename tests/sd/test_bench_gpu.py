@@ -98,7 +98,7 @@ def test_a_table_of_a_gpu_goes_between_the_marks_and_a_failed_check_is_an_error(
     rows = [["checks", "passed"], ["SDXL: checks", "not finite"]]
     monkeypatch.setattr(bench_gpu, "rows", lambda device: iter(rows))
     monkeypatch.setattr(bench_gpu, "machine_name", lambda: "some card")
-    monkeypatch.setattr(options, "is_there", lambda device: True)
+    monkeypatch.setattr(options, "device_available", lambda device: True)
     page = tmp_path / "gpu.md"
     page.write_text(f"before\n{bench_gpu.MARK}not measured yet\n{bench_gpu.MARK}after\n")
     with pytest.raises(SystemExit, match="A check failed: SDXL: checks"):

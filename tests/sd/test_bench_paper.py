@@ -82,7 +82,7 @@ def test_every_run_is_a_command_line_with_equally_many_images():
         assert len({job.name for job in jobs}) == len(jobs)
         for one in jobs:
             _, args = options.parse(["--model", str(options.EMOJI), *one.flags.split()])
-            images.add(args.epochs * args.pairs_per_epoch * args.images_per_prompt)
+            images.add(args.epochs * args.prompts_per_epoch * args.images_per_prompt)
         assert len(images) == 1, panel
 
 

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 from sd_helpers import read_rows
 
-from sd import bench_people, options, run_folder
+from sd import bench_people, files, options
 from sd.bench import BLANK_KB
 from sd.bench_people import FILE, TASTES, Job, SimulatedPerson, Taste
 
@@ -90,7 +90,7 @@ def test_a_part_that_runs_elsewhere_leaves_the_other_rows_of_the_page(tmp_path, 
         result = {"flags": job.taste, "seconds": 1, "quality": [row]}
         folder = tmp_path / job.recipe / job.name
         folder.mkdir(parents=True)
-        run_folder.save_json(folder / "quality.json", result)
+        files.save_json(folder / "quality.json", result)
     for recipe in ("default", "Eq. 14", "previous"):  # of the last nothing is done
         bench_people.write(jobs, tmp_path / recipe, tmp_path)
     runs = json.loads((tmp_path / "people.json").read_text())["runs"]
@@ -129,7 +129,7 @@ def test_recipes_are_command_lines():
     "taste, recipe", [("warm", "default"), ("warm", "labels first"), ("warm", "SFT + memory")]
 )
 def test_a_run_is_judged_and_stands_on_the_page(tmp_path, monkeypatch, taste, recipe, no_figures):
-    short = "--epochs 2 --pairs-per-epoch 4 --num-steps 3 --eval-images 2"
+    short = "--epochs 2 --prompts-per-epoch 4 --num-steps 3 --eval-images 2"
     small = TASTES[taste]._replace(
         flags=f"{TASTES[taste].flags} {short}", labels=(4, 8), noises=4, groups=(4, 2)
     )

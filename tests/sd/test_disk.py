@@ -19,10 +19,10 @@ import torch
 from sd_helpers import outcome, run
 
 import sd_demo
-from sd import figures, model, run_folder
+from sd import figures, files, model
 
 FLAGS = """
-    --num-steps 2 --pairs-per-epoch 1 --batch-size 1 --eval-images 1 --epochs 1
+    --num-steps 2 --prompts-per-epoch 1 --batch-size 1 --eval-images 1 --epochs 1
     --replay 1 --average-weights --max-kl 1e6
 """
 WRITES = {"os.rename", "os.mkdir", "os.remove", "os.chmod", "os.utime"}
@@ -110,7 +110,7 @@ def small(tiny, monkeypatch):
     def draw(*args):
         path = next(Path(arg) for arg in reversed(args) if isinstance(arg, Path))
         path = path / "reward_curve.png" if path.is_dir() else path
-        run_folder.replace(path, lambda part: part.write_bytes(b"a figure"))
+        files.replace(path, lambda part: part.write_bytes(b"a figure"))
         return [path]
 
     monkeypatch.setattr(figures, "draw_run", draw)

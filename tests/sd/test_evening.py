@@ -14,10 +14,10 @@ from test_human_run import WAIT, lora_of, start  # noqa: F401, the fixture
 
 import sd_demo
 from sd import annotate
+from sd.files import read_lines, save_lines
 from sd.labels import majority, read_labels
-from sd.run_folder import read_lines, save_lines
 
-FLAGS = "--objective human --pairs-per-epoch 24 --eval-images 8 --seed 0"
+FLAGS = "--objective human --prompts-per-epoch 24 --eval-images 8 --seed 0"
 ASKED, TRAINED_AFTER, FINISHED_AFTER = 24, 20, 5  # questions an epoch; answers in epochs 1 and 3
 
 

@@ -19,9 +19,8 @@ from sd_helpers import outcome, run
 from test_sd_demo import ENVIRONMENT
 
 import sd_demo
-from sd import options, run_folder
+from sd import UserError, files, options, run_folder
 from sd.feedback import HumanFeedback
-from sd.labels import LabelError
 
 
 def contents(out: Path) -> dict[Path, bytes]:
@@ -48,7 +47,7 @@ def done(tiny, scorers, tmp_path_factory):
 HOLD = """
 import sys, time
 from pathlib import Path
-from sd.run_folder import Lock
+from sd.files import Lock
 with Lock() as lock:
     lock.acquire(Path(sys.argv[1]))
     print("held", flush=True)
@@ -87,13 +86,13 @@ def test_a_run_lets_go_of_its_folder_however_it_ends(done, monkeypatch):
     for _ in range(2):
         with pytest.raises(SystemExit, match="Stopped"):
             sd_demo.main(["--resume", str(done)])
-    with run_folder.Lock() as lock:
+    with files.Lock() as lock:
         lock.acquire(done)
 
 
 def run_folder_is_held(out: Path) -> None:
-    with pytest.raises(run_folder.RunError, match="at work in another process"):
-        with run_folder.Lock() as lock:
+    with pytest.raises(UserError, match="at work in another process"):
+        with files.Lock() as lock:
             lock.acquire(out)
 
 
@@ -132,7 +131,7 @@ def copy(done, tmp_path):
 
 
 def lora_file(out: Path) -> Path:
-    return out / "lora" / run_folder.LORA_FILE
+    return out / "lora" / files.LORA_FILE
 
 
 EVALUATE = ["--eval-images", "2", "--evaluate"]
@@ -140,7 +139,7 @@ EVALUATE = ["--eval-images", "2", "--evaluate"]
 
 def result_of(out: Path) -> dict:
     sd_demo.main([*EVALUATE, str(out)])
-    return run_folder.read_json(out / "evaluation.json")
+    return files.read_json(out / "evaluation.json")
 
 
 LOST = {  # what happens to the checkpoint
@@ -206,7 +205,7 @@ def test_a_lora_that_cannot_be_read_is_named(copy, capsys, content):
 
 def test_a_run_that_was_killed_in_its_first_epoch_is_not_lost(tiny, scorers, tmp_path, no_figures):
     whole = run(tiny, tmp_path / "whole", f"{scorers}:brightness", "--epochs 1")
-    for gone in (["checkpoint/state.pt"], ["checkpoint/state.pt", f"lora/{run_folder.LORA_FILE}"]):
+    for gone in (["checkpoint/state.pt"], ["checkpoint/state.pt", f"lora/{files.LORA_FILE}"]):
         out = shutil.copytree(whole, tmp_path / f"run{len(gone)}")
         for name in gone:
             (out / name).unlink()
@@ -237,7 +236,7 @@ def test_an_image_cut_short_is_made_again_unless_somebody_judged_it(tmp_path, cu
     file, image = tmp_path / "images" / "a.png", Image.effect_noise((64, 64), 50).convert("RGB")
     row = {"epoch": 1, "prompt": "a cat", "images": ["images/b.png", "images/a.png"]}
     rows = {"none": [], "skipped": [row | {"h": None}], "judged": [row | {"h": 0}]}
-    run_folder.save_lines(tmp_path / "labels.jsonl", rows[answer])
+    files.save_lines(tmp_path / "labels.jsonl", rows[answer])
     _, args = options.parse(["--objective", "human", "--model", "none"])
     feedback = HumanFeedback(args, [], Accelerator())
     feedback.save_image(image, file)
@@ -245,7 +244,7 @@ def test_an_image_cut_short_is_made_again_unless_somebody_judged_it(tmp_path, cu
     cut(file)
     if answer == "judged":
         before = file.read_bytes()
-        with pytest.raises(LabelError, match="a.png cannot be read, and people have judged it"):
+        with pytest.raises(UserError, match="a.png cannot be read, and people have judged it"):
             feedback.save_image(image, file)
         assert file.read_bytes() == before
     else:
@@ -257,7 +256,7 @@ def test_an_image_of_another_size_is_not_what_people_saw(tmp_path):
     _, args = options.parse(["--objective", "human", "--model", "none"])
     feedback, file = HumanFeedback(args, [], Accelerator()), tmp_path / "a.png"
     Image.new("RGB", (16, 16)).save(file)
-    with pytest.raises(LabelError, match="cannot be sampled again as people saw it"):
+    with pytest.raises(UserError, match="cannot be sampled again as people saw it"):
         feedback.save_image(Image.new("RGB", (64, 64), "white"), file)
 
 

@@ -10,14 +10,14 @@ from PIL import Image
 from sd_helpers import FLAGS, read_rows
 
 import d3po
-from sd import options
+from sd import UserError, options
 from sd.feedback import HumanFeedback, ScorerFeedback
 from sd.label_files import read_label_file
-from sd.labels import LabelError, pairs_from_labels
+from sd.labels import pairs_from_labels
 from sd.metrics import mean_score
 from sd.model import Batch
 from sd.run_folder import image_files
-from sd.scorers import ScorerError, jpeg_kb
+from sd.scorers import jpeg_kb
 
 PROMPTS = ["a cat", "an ant"]
 
@@ -111,7 +111,7 @@ def test_a_scorer_may_replace_images_but_people_may_not_lose_theirs(images, tmp_
     by_people = HumanFeedback(args, PROMPTS, Accelerator())
     nearly = Image.fromarray(np.asarray(images[1]) ^ 1)
     by_people.save_image(nearly, file)  # the same numbers in another order are rounded otherwise
-    with pytest.raises(LabelError, match="a.png cannot be sampled again as people saw it"):
+    with pytest.raises(UserError, match="a.png cannot be sampled again as people saw it"):
         by_people.save_image(images[0], file)
     assert np.array_equal(np.asarray(Image.open(file)), np.asarray(images[1]))
     by_people.save_image(images[0], tmp_path / "b.png")
@@ -204,7 +204,7 @@ def test_scores_keep_all_digits(scorers, images):
 
 
 def test_scorers_that_cannot_be_loaded_are_refused(scorers):
-    with pytest.raises(ScorerError, match="raised RuntimeError: no"):
+    with pytest.raises(UserError, match="raised RuntimeError: no"):
         make_feedback(f"{scorers}:raises")
     with pytest.raises(ValueError, match="there is no file no.py"):
         make_feedback("compressibility", watch="no.py:f")

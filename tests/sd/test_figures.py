@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sd import figures, run_folder
+from sd import figures, files
 
 ROW = {"score": -2.0, "score_sem": 0.1, "kl": 1.0, "kl_trained": 0.5, "watched": 0.25}
 
@@ -22,13 +22,13 @@ def run(tmp_path):
     (tmp_path / "images").mkdir()
     config = {"objective": "compressibility", "watch": "a/classifier.py:recognised"}
     config["initial"] = {"eval_score": -5.0, "watched": 0.5}
-    run_folder.save_json(tmp_path / "config.json", config)
+    files.save_json(tmp_path / "config.json", config)
     rows = [
         ROW | {"epoch": 1, "score": -3.0, "kl": 2.0, "eval_score": None, "watched": None},
         ROW | {"epoch": 2, "score": -2.0, "kl": 3.0, "eval_score": -1.5},
         ROW | {"epoch": 3, "score": -1.0, "kl": 4.0, "eval_score": -1.0},
     ]
-    run_folder.save_lines(tmp_path / "metrics.jsonl", rows)
+    files.save_lines(tmp_path / "metrics.jsonl", rows)
     for epoch in (0, 2, 3):
         for n in (0, 1):
             picture(50 * epoch + 10 * n).save(figures.held_out_file(tmp_path, epoch, n))
@@ -85,35 +85,35 @@ def test_pictures_are_the_held_out_ones_of_each_evaluation(run, drawn):
 def test_pictures_are_drawn_where_the_last_epoch_was_evaluated(run, drawn, monkeypatch):
     opened, read = [], figures.open_image
     monkeypatch.setattr(figures, "open_image", lambda file: opened.append(file) or read(file))
-    rows = run_folder.read_lines(run / "metrics.jsonl")
+    rows = files.read_lines(run / "metrics.jsonl")
     not_evaluated = ROW | {"epoch": 4, "eval_score": None, "watched": None}
-    run_folder.save_lines(run / "metrics.jsonl", [*rows, not_evaluated])
+    files.save_lines(run / "metrics.jsonl", [*rows, not_evaluated])
     assert [path.name for path in figures.draw_run(run)] == ["reward_curve.png"]
     assert lines(drawn[0].axes[0])[0][0] == [1, 2, 3, 4] and not opened
-    run_folder.save_lines(run / "metrics.jsonl", rows)
+    files.save_lines(run / "metrics.jsonl", rows)
     assert len(figures.draw_run(run)) == 3 and len(opened) == 3 * 2
 
 
 def test_where_people_judge_there_is_no_score_to_draw(run, drawn):
-    config = run_folder.read_json(run / "config.json")
+    config = files.read_json(run / "config.json")
     config["initial"] = {"eval_score": None, "watched": None}
-    run_folder.save_json(run / "config.json", config)
+    files.save_json(run / "config.json", config)
     no_score = {"score": None, "score_sem": None, "eval_score": None, "watched": None}
-    rows = [row | no_score for row in run_folder.read_lines(run / "metrics.jsonl")]
-    run_folder.save_lines(run / "metrics.jsonl", rows)
+    rows = [row | no_score for row in files.read_lines(run / "metrics.jsonl")]
+    files.save_lines(run / "metrics.jsonl", rows)
     figures.draw_run(run)
     share, kl = drawn[0].axes
     assert "share" in share.get_ylabel() and "KL" in kl.get_ylabel()
 
 
 def test_where_people_judge_their_answers_are_drawn(run, drawn):
-    rows = run_folder.read_lines(run / "metrics.jsonl")
+    rows = files.read_lines(run / "metrics.jsonl")
     for row, accuracy, bad in zip(rows, (None, 0.75, 0.5), (0.5, 0.25, 0.0), strict=True):
         row |= {"accuracy": accuracy, "bad_share": bad, "eval_win_rate": None}
-    run_folder.save_lines(run / "metrics.jsonl", rows)
-    config = run_folder.read_json(run / "config.json")
+    files.save_lines(run / "metrics.jsonl", rows)
+    config = files.read_json(run / "config.json")
     config["initial"] = {"eval_score": None, "watched": None}
-    run_folder.save_json(run / "config.json", config)
+    files.save_json(run / "config.json", config)
     figures.draw_run(run)
     accuracy, bad, chance = lines(drawn[0].axes[0])
     assert accuracy == ([2, 3], [0.75, 0.5]) and bad == ([1, 2, 3], [0.5, 0.25, 0])
@@ -140,15 +140,15 @@ def test_an_evaluation_that_lost_an_image_is_left_out(run, drawn, harm, epoch):
 
 
 def test_a_limit_of_the_kl_is_drawn_with_the_kl_that_it_limits(run, drawn):
-    config = run_folder.read_json(run / "config.json") | {"max_kl": 40.0}
-    run_folder.save_json(run / "config.json", config)
-    rows = run_folder.read_lines(run / "metrics.jsonl")
+    config = files.read_json(run / "config.json") | {"max_kl": 40.0}
+    files.save_json(run / "config.json", config)
+    rows = files.read_lines(run / "metrics.jsonl")
     rows = [
         row | {"kl": None, "kl_trained": None, "score": None, "score_sem": None} for row in rows
     ]
     for row in rows:
         row["eval_kl"] = 10.0 * row["epoch"] if row["eval_score"] is not None else None
-    run_folder.save_lines(run / "metrics.jsonl", rows)  # as the images of a file leave them
+    files.save_lines(run / "metrics.jsonl", rows)  # as the images of a file leave them
     figures.draw_run(run)
     *_, held_out, limit = lines(drawn[0].axes[1])
     assert held_out[0] == [0, 2, 3] and held_out[1][1:] == [20, 30] and limit[1] == [40, 40]
@@ -156,7 +156,7 @@ def test_a_limit_of_the_kl_is_drawn_with_the_kl_that_it_limits(run, drawn):
 
 def test_a_long_run_has_six_rows_evenly_apart(run, drawn, monkeypatch):
     rows = [ROW | {"epoch": epoch, "eval_score": -1.0} for epoch in range(1, 21)]
-    run_folder.save_lines(run / "metrics.jsonl", rows)
+    files.save_lines(run / "metrics.jsonl", rows)
     for epoch in range(1, 21):
         picture(epoch).save(figures.held_out_file(run, epoch, 0))
     for path in run.glob("images/*_1.png"):

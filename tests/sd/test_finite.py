@@ -9,7 +9,7 @@ from PIL import Image
 from sd_helpers import PROMPTS, Loaded, make_pipeline, read_rows, run
 
 import sd_demo
-from sd import pipeline, run_folder
+from sd import files, pipeline
 from sd.model import PipelinePolicy
 
 
@@ -99,10 +99,10 @@ def test_the_remedy_is_another_precision_where_there_is_one():
 
 def test_numbers_that_are_not_finite_are_null_in_every_file(tmp_path):
     file = tmp_path / "rows.jsonl"
-    run_folder.append(file, [{"a": math.nan, "b": [1.0, math.inf], "c": {"d": -math.inf}}])
+    files.append(file, [{"a": math.nan, "b": [1.0, math.inf], "c": {"d": -math.inf}}])
     assert read_rows(file) == [{"a": None, "b": [1.0, None], "c": {"d": None}}]
-    run_folder.save_json(tmp_path / "a.json", {"a": (math.nan, 2)})
-    assert run_folder.read_json(tmp_path / "a.json") == {"a": [None, 2]}
+    files.save_json(tmp_path / "a.json", {"a": (math.nan, 2)})
+    assert files.read_json(tmp_path / "a.json") == {"a": [None, 2]}
 
 
 def test_a_loss_that_is_not_finite_is_not_stored_as_nan(

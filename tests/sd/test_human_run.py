@@ -32,12 +32,12 @@ from test_annotate import (
 
 import sd_demo
 from sd import annotate, figures
-from sd.run_folder import ROOT
+from sd.files import ROOT
 from sd.scorers import jpeg_kb
 
 TRAINING = """
     --precision fp32 --num-steps 3 --skip-last 0 --lr 0.01 --lora-rank 4 --guidance-scale 3
-    --epochs 2 --pairs-per-epoch 4 --images-per-prompt 2 --batch-size 2
+    --epochs 2 --prompts-per-epoch 4 --images-per-prompt 2 --batch-size 2
     --eval-images 2 --eval-every 1 --seed 3
     --loss eq14 --update-every timestep --beta 0.06 --replay 1 --average-weights --max-kl 1e6
     --warm-up 2
@@ -124,7 +124,7 @@ def test_a_run_asks_trains_and_ends(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(annotate, "FAREWELL_SECONDS", 0)
     monkeypatch.setattr(annotate, "UNDO_SECONDS", 0)
     out = tmp_path / "run"
-    flags = "--objective tags --epochs 1 --pairs-per-epoch 2 --images-per-prompt 3 --num-steps 2"
+    flags = "--objective tags --epochs 1 --prompts-per-epoch 2 --images-per-prompt 3 --num-steps 2"
     argv = new_run(tiny, out, flags)
     assert run_with_people(argv, Page(out, free_port()), lambda *_: [True, False, False]) == 2
     assert [row["bad"] for row in read_rows(out)] == [[True, False, False]] * 2
@@ -146,7 +146,7 @@ def test_people_who_prefer_nothing_in_three_epochs_end_the_run(
         annotate.AnnotationServer, "close", lambda *args: said.append(args[1]) or close(*args)
     )
     out = tmp_path / "run"
-    argv = new_run(tiny, out, f"--objective {objective} --epochs 5 --pairs-per-epoch 2")
+    argv = new_run(tiny, out, f"--objective {objective} --epochs 5 --prompts-per-epoch 2")
     given = itertools.cycle(answers)
     with pytest.raises(SystemExit, match="No label of the epochs 1 to 3 says .*The run stops"):
         run_with_people(argv, Page(out, free_port()), lambda *_: next(given))
@@ -189,7 +189,7 @@ def test_who_likes_plain_images_trains_the_weights_of_compressibility(tiny, star
 def test_labels_of_another_tool_train_without_a_page(tiny, start, tmp_path):
     out = tmp_path / "run"
     page = Page(out, free_port())
-    flags = "--objective tags --images-per-prompt 3 --pairs-per-epoch 2 --epochs 1"
+    flags = "--objective tags --images-per-prompt 3 --prompts-per-epoch 2 --epochs 1"
     process = start([*new_run(tiny, out, flags), "--port", str(page.port)])
     until(lambda: is_serving(page))
     kill(process)

@@ -9,9 +9,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sd import label_files
+from sd import UserError, label_files
 from sd.label_files import MAX_GROUP, Group, LabelFile, read_label_file
-from sd.labels import LabelError
 
 examples = settings(
     max_examples=40,
@@ -197,7 +196,7 @@ def test_a_folder_of_winners_and_losers(tmp_path):
 def test_a_folder_with_a_flaw(tmp_path, change, fragment):
     make_pairs_folder(tmp_path)
     change(tmp_path)
-    with pytest.raises(LabelError) as caught:
+    with pytest.raises(UserError) as caught:
         read_label_file(tmp_path)
     assert fragment in str(caught.value)
 
@@ -371,7 +370,7 @@ def test_any_comparisons_read_the_same_from_every_kind_of_file(folder, rows):
     for suffix in ("jsonl", "json", "csv", "tsv"):
         try:
             found.append(read_label_file(folder / f"x.{suffix}"))
-        except LabelError as error:
+        except UserError as error:
             found.append(str(error).replace(f"x.{suffix}", "x"))
     assert found[1:] == found[:1] * 3
     some = any(len(set(row["rank"] or [0])) > 1 for row in rows)
@@ -404,7 +403,7 @@ def test_images_that_are_not_there_are_left_out(folder, monkeypatch):
     assert len(set(looked)) == len(looked) == 6
     (folder / "a.png").unlink()
     (folder / "a.png").mkdir()  # a folder is no image
-    with pytest.raises(LabelError, match="each pair misses an image"):
+    with pytest.raises(UserError, match="each pair misses an image"):
         read(folder, [pair("a", "b")])
 
 
@@ -418,11 +417,11 @@ def test_the_folder_of_the_images(folder, tmp_path_factory):
         Group("a cat", [folder / "c.png", folder / "d.png"], [(0, 1)]),
     ]
     assert read_label_file(file, images=folder) == found
-    with pytest.raises(LabelError) as caught:
+    with pytest.raises(UserError) as caught:
         read_label_file(file)
     message = str(caught.value)
     assert str(elsewhere / "a.png") in message and "--images DIR" in message
-    with pytest.raises(LabelError, match="nowhere/a.png"):
+    with pytest.raises(UserError, match="nowhere/a.png"):
         read_label_file(file, Path("nowhere"))
 
 
@@ -518,7 +517,7 @@ BAD_ROWS = {
 
 
 def refuse(folder: Path, name: str, content: str | bytes) -> str:
-    with pytest.raises(LabelError) as caught:
+    with pytest.raises(UserError) as caught:
         read_text(folder, name, content)
     message = str(caught.value)
     assert message.startswith(f"{folder / name}") and len(message) < 600
@@ -589,9 +588,9 @@ def test_a_file_with_a_flaw(folder, name, content, expected):
 
 
 def test_a_file_that_is_not_there(tmp_path):
-    with pytest.raises(LabelError, match="none.jsonl: the file cannot be read .*No such file"):
+    with pytest.raises(UserError, match="none.jsonl: the file cannot be read .*No such file"):
         read_label_file(tmp_path / "none.jsonl")
-    with pytest.raises(LabelError, match="there are no rows"):
+    with pytest.raises(UserError, match="there are no rows"):
         read_label_file(tmp_path)
 
 

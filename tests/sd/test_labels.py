@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import d3po
-from sd import labels
+from sd import UserError, labels
 from sd.labels import Label
 
 # Machines are busy at times
@@ -112,7 +112,7 @@ def test_bad_lines_are_refused_with_file_and_line_number(tmp_path, what):
     good = json.dumps(PAIR | {"h": 1}) + "\n"
     file = tmp_path / "labels.jsonl"
     file.write_bytes((good + line + "\n").encode(errors="surrogateescape"))
-    with pytest.raises(labels.LabelError) as error:
+    with pytest.raises(UserError) as error:
         labels.read_labels(file, [PAIR])
     assert f"{file}, line 2: " in str(error.value) and reason in str(error.value)
     assert len(str(error.value)) < 600
@@ -120,10 +120,10 @@ def test_bad_lines_are_refused_with_file_and_line_number(tmp_path, what):
 
 @pytest.mark.parametrize("bad", [[True, False], [True] * 4, [1, 0, 0], "yes", True, [None] * 3, {}])
 def test_bad_tags_are_refused(tmp_path, bad):
-    with pytest.raises(labels.LabelError, match="line 1: 'bad' is .*3 booleans"):
+    with pytest.raises(UserError, match="line 1: 'bad' is .*3 booleans"):
         read(tmp_path, json.dumps(TAGS | {"bad": bad}) + "\n", TAGS)
     pair = {key: value for key, value in TAGS.items() if key != "bad"} | {"h": 1}
-    with pytest.raises(labels.LabelError, match="line 1: 'bad' is missing"):
+    with pytest.raises(UserError, match="line 1: 'bad' is missing"):
         read(tmp_path, json.dumps(pair) + "\n", TAGS)
 
 
@@ -167,7 +167,7 @@ def test_any_json_is_a_label_or_a_label_error(tmp_path_factory, change):
         ((answer),) = read(tmp_path_factory.getbasetemp(), text, PAIR)[
             tuple(PAIR["images"])
         ].values()
-    except labels.LabelError as error:
+    except UserError as error:
         assert "labels.jsonl, line 1: " in str(error)
     except ValueError as error:  # no answer: an earlier epoch
         assert "unpack" in str(error) and change["epoch"] < 3
@@ -181,7 +181,7 @@ def test_any_bytes_are_refused_or_cut_short(tmp_path_factory, noise):
     file = tmp_path_factory.getbasetemp() / "noise.jsonl"
     file.write_bytes(noise)
     if b"\n" in noise:
-        with pytest.raises(labels.LabelError, match="noise.jsonl, line 1: "):
+        with pytest.raises(UserError, match="noise.jsonl, line 1: "):
             labels.read_labels(file, [PAIR])
     else:
         assert labels.read_labels(file, [PAIR]) == {tuple(PAIR["images"]): {}}

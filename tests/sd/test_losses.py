@@ -7,9 +7,9 @@ from sd_helpers import PROMPTS, Loaded
 import d3po
 import sd_demo
 from sd.labels import Label, scores_from_labels
-from sd.memory import LabelledBatch
 from sd.model import load_model, make_accelerator, sample_held_out, sample_stock
-from sd.run_folder import Stream, generator
+from sd.replay import LabelledBatch
+from sd.seeds import RandomPurpose, seeded_generator
 
 SCORES = torch.tensor([1.0, 3.0, 0.5, 0.25])
 PAIRS = torch.tensor([[1, 0], [2, 3]])
@@ -29,7 +29,7 @@ def gradients_of(tiny):
             [w.grad.clone() for w in loaded.model.lora]
         )
         ref = loaded.reference_log_prob(batch)
-        noise = generator(3)
+        noise = seeded_generator(3)
         sd_demo.update_batch(loaded.run, labelled, ref_log_prob=ref, steps=order, generator=noise)
         return loaded, batch, gradients
 
@@ -57,7 +57,7 @@ def denoising_errors(loaded, batch, i, chains, noise):
 
 @pytest.mark.parametrize("loss", ["sft", "reward-weighted"])
 def test_images_are_denoised_with_their_prompts_and_weights(gradients_of, loss):
-    order, same = [2, 0], generator(3)
+    order, same = [2, 0], seeded_generator(3)
     loaded, batch, gradients = gradients_of(f"--loss {loss} --beta {0.7 * (loss != 'sft')}", order)
     for i, gradient in zip(order, gradients, strict=True):
         if loss == "sft":
@@ -100,7 +100,7 @@ def test_held_out_noises_have_prompts_of_their_own(tiny):
     apart = load_model(args, PROMPTS[:3], accelerator, **names)
     alone = load_model(args, PROMPTS[3:], accelerator)
     (images, prompts, _), (same, _, _) = (
-        sample_held_out(model, model.sampler, args, stream=Stream.HELD_OUT)
+        sample_held_out(model, model.sampler, args, purpose=RandomPurpose.HELD_OUT)
         for model in (apart, alone)
     )
     assert prompts == [PROMPTS[3], PROMPTS[4]] * 2 + [PROMPTS[3]]

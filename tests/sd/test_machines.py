@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 import sd_demo
 from sd import metrics, options
-from sd.run_folder import ROOT
+from sd.files import ROOT
 
 FILES = sorted(f"{d}/{p.name}" for d in ("sd", "toy") for p in (ROOT / d).glob("*.py"))
 MODULES = ["d3po.py", "sd_demo.py", *FILES]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from sd import metrics, run_folder
+from sd import files, metrics
 from sd.metrics import EvalResult
 
 
@@ -245,7 +245,7 @@ def test_the_win_rate_is_that_of_images_with_a_score():
 )
 def test_three_epochs_in_a_row_without_a_preference_end_a_run(tmp_path, preferences, stops):
     rows = [{"epoch": n, "preferences": count} for n, count in enumerate(preferences, 1)]
-    run_folder.append(tmp_path / "metrics.jsonl", rows)
+    files.append(tmp_path / "metrics.jsonl", rows)
     sentence = metrics.nothing_to_learn(tmp_path)
     assert bool(sentence) == stops
     if stops:
@@ -254,7 +254,7 @@ def test_three_epochs_in_a_row_without_a_preference_end_a_run(tmp_path, preferen
 
 
 def test_rows_of_an_earlier_version_do_not_end_a_run(tmp_path):
-    run_folder.append(tmp_path / "metrics.jsonl", [{"epoch": n} for n in range(1, 5)])
+    files.append(tmp_path / "metrics.jsonl", [{"epoch": n} for n in range(1, 5)])
     assert metrics.nothing_to_learn(tmp_path) is None
 
 

@@ -14,7 +14,7 @@ from sd_helpers import PROMPTS, Loaded, make_pipeline, same_images
 import d3po
 from sd import model, options
 from sd.pipeline import DTYPES
-from sd.run_folder import Stream, generator
+from sd.seeds import RandomPurpose, seeded_generator
 
 
 def embeddings(loaded: model.Model, numbers: list[int]) -> torch.Tensor:
@@ -150,7 +150,7 @@ def test_images_are_those_of_the_stock_pipeline(tmp_path, variant, capsys):
     assert batch.prompts == [prompts[0]] * 2 + [prompts[1]] * 2
     assert batch.groups == [range(0, 2), range(2, 4)]
     pipe = as_ddim(StableDiffusionPipeline.from_pretrained(tmp_path))
-    images = stock_images(pipe, loaded.args, prompts, K=2, noise=generator(0, 1, 2))
+    images = stock_images(pipe, loaded.args, prompts, K=2, noise=seeded_generator(0, 1, 2))
     assert images[0].size == ((32, 32) if variant == "8x8" else (64, 64))
     assert same_images(batch.images, images)
     assert not same_images(images[:1], images[1:2], 3)  # one x_T, but other noise on the way
@@ -167,13 +167,15 @@ def test_the_chains_of_a_group_start_alike_and_part(tiny):
 def test_held_out_images_have_the_prompts_in_turn_and_fixed_noises(tiny):
     loaded = Loaded(tiny, "--eval-images 7 --seed 3")
     args, sampler = loaded.args, loaded.model.sampler
-    images, prompts, kl = model.sample_held_out(loaded.model, sampler, args, stream=Stream.HELD_OUT)
+    images, prompts, kl = model.sample_held_out(
+        loaded.model, sampler, args, purpose=RandomPurpose.HELD_OUT
+    )
     assert kl is None  # without --max-kl nobody needs it
     assert prompts == [*PROMPTS, *PROMPTS[:2]] and len(images) == 7
-    other = model.sample_held_out(loaded.model, sampler, args, stream=Stream.EVALUATION)[0]
+    other = model.sample_held_out(loaded.model, sampler, args, purpose=RandomPurpose.EVALUATION)[0]
     assert not same_images(images[:1], other[:1], 3)
     # in batches of --batch-size times K images, each with its number as a seed
-    part = loaded.sample((4, 0, 1), 1, Stream.HELD_OUT, 4)
+    part = loaded.sample((4, 0, 1), 1, RandomPurpose.HELD_OUT, 4)
     assert same_images(part.images, images[4:], 0)
 
 

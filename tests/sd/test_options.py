@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sd import cost, options, run_folder
+from sd import cost, files, options, run_folder
 from sd.label_files import EPOCH_GROUPS
 from sd.options import EMOJI, SD15
 
@@ -53,7 +53,7 @@ PRECEDENCE = {
         (f"{TAGS} {PAPER} --images-per-prompt 5", 5),
         (f"{TAGS} --images-per-prompt 4", 4),
     ],
-    "pairs_per_epoch": [(ANY, 8), (ON_EMOJI, 4), (HUMAN, 8), (f"{HUMAN} {PAPER}", 80)],
+    "prompts_per_epoch": [(ANY, 8), (ON_EMOJI, 4), (HUMAN, 8), (f"{HUMAN} {PAPER}", 80)],
     "reference": [
         (ANY, "initial"),
         (ON_EMOJI, "initial"),
@@ -112,7 +112,7 @@ def test_the_first_that_has_a_setting_decides(name, flags, value):
 
 def test_every_setting_of_the_presets_gives_way_to_what_is_typed():
     others = {
-        **{"epochs": 3, "pairs_per_epoch": 5, "images_per_prompt": 6, "batch_size": 7},
+        **{"epochs": 3, "prompts_per_epoch": 5, "images_per_prompt": 6, "batch_size": 7},
         **{"num_steps": 11, "guidance_scale": 1.5, "eta": 0.5, "lr": 0.1, "beta": 3.0},
         **{"eval_images": 12, "eval_every": 13, "loss": "eq12", "reference": "previous"},
         **{"clip": 0.2, "skip_last": 1, "update_every": "timestep", "weight_decay": 0.5},
@@ -136,7 +136,7 @@ def test_every_setting_of_the_presets_gives_way_to_what_is_typed():
 def test_the_papers_recipes_are_table_2_with_the_releases_clamp_and_without():
     expected = {
         **{"lr": 3e-5, "weight_decay": 1e-4, "max_grad_norm": 1.0, "num_steps": 20, "eta": 1.0},
-        **{"batch_size": 1, "guidance_scale": 5.0, "epochs": 400, "pairs_per_epoch": 80},
+        **{"batch_size": 1, "guidance_scale": 5.0, "epochs": 400, "prompts_per_epoch": 80},
         **{"images_per_prompt": 2, "loss": "eq14", "clip": 0.1, "update_every": "trajectory"},
         **{"reference": "initial", "beta": None, "skip_last": 0},  # beta: 0.1 / D of the model
         **{"replay": 0, "average_weights": False, "max_kl": None, "warm_up": 1},  # none
@@ -225,7 +225,7 @@ def earlier(tmp_path):
 @pytest.mark.parametrize("start", ["--resume", "--evaluate"])
 def test_an_earlier_run_has_its_settings_not_those_of_presets(earlier, start):
     args = parse(f"{start} {earlier}")
-    saved = run_folder.read_json(earlier / "config.json")
+    saved = files.read_json(earlier / "config.json")
     unsaved = options.UNSAVED_FLAGS
     assert {**saved, **{name: None for name in unsaved}} == {
         **{name: saved[name] for name in ("versions", "git_revision")},
@@ -269,9 +269,9 @@ def test_an_evaluation_takes_other_settings_but_the_same_weights(earlier, capsys
 
 
 def test_a_run_of_another_version_with_fewer_settings_is_refused(earlier, capsys):
-    config = run_folder.read_json(earlier / "config.json")
+    config = files.read_json(earlier / "config.json")
     del config["eta"]
-    run_folder.save_json(earlier / "config.json", config)
+    files.save_json(earlier / "config.json", config)
     assert "is no run of sd_demo.py" in refusal(f"--resume {earlier}", capsys)
 
 
@@ -294,7 +294,7 @@ CASES = [(name, value) for name, values in FLAWS.items() for value in values]
 @pytest.mark.parametrize("name, value", CASES)
 def test_a_config_with_a_flaw_is_refused_and_kept(earlier, capsys, start, name, value):
     file = earlier / "config.json"
-    run_folder.save_json(file, run_folder.read_json(file) | {name: value})
+    files.save_json(file, files.read_json(file) | {name: value})
     before = file.read_bytes()
     message = refusal(f"{start} {earlier}", capsys)
     assert "has a flaw" in message or name in message and len(message) < 300
@@ -437,7 +437,7 @@ def test_the_images_of_a_file_come_first():
 
 
 def test_the_groups_of_an_epoch_must_fill_batches():
-    args = Namespace(batch_size=2, pairs_per_epoch=12, objective="human")
+    args = Namespace(batch_size=2, prompts_per_epoch=12, objective="human")
     options.check_batches(args, 3)
-    with pytest.raises(ValueError, match="--pairs-per-epoch 12: give a multiple of 8"):
+    with pytest.raises(ValueError, match="--prompts-per-epoch 12: give a multiple of 8"):
         options.check_batches(args, 4)

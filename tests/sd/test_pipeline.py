@@ -14,8 +14,8 @@ from tiny_pipelines import FAMILIES, SIZE_FLAGS, make
 
 import d3po
 from sd import model as sd_model
+from sd.files import LORA_FILE, ROOT
 from sd.pipeline import NETWORKS, decode, encode
-from sd.run_folder import LORA_FILE, ROOT
 
 FAMILY = pytest.mark.parametrize("family", FAMILIES)
 TRAINING_FLAGS = {"sdxl": "--precision bf16", "flux": "--gradient-checkpointing"}

@@ -11,7 +11,7 @@ from PIL import Image
 from sd_helpers import PROMPTS, Loaded, run, same_images
 
 import sd_demo
-from sd import report, run_folder
+from sd import files, report
 
 
 @pytest.fixture(scope="module")
@@ -63,19 +63,19 @@ def test_the_report_asks_nothing_of_the_network(done):
 
 def test_warnings_are_shown_with_their_epochs_and_why_the_run_ended(done, tmp_path):
     out = shutil.copytree(done, tmp_path / "run")
-    rows = run_folder.read_lines(out / "metrics.jsonl")
+    rows = files.read_lines(out / "metrics.jsonl")
     rows[0]["warnings"], rows[1]["warnings"] = ["<it> breaks"], ["<it> breaks", "nothing learned"]
-    run_folder.save_lines(out / "metrics.jsonl", rows)
-    config = run_folder.read_json(out / "config.json")
+    files.save_lines(out / "metrics.jsonl", rows)
+    config = files.read_json(out / "config.json")
     assert config["stopped"] is None
-    run_folder.save_json(out / "config.json", config | {"stopped": "The KL is above --max-kl"})
+    files.save_json(out / "config.json", config | {"stopped": "The KL is above --max-kl"})
     report.write(out, 2, "code")
     page = (out / "report.html").read_text()
     for line in ("&lt;it&gt; breaks (epoch 1, 2)", "nothing learned (epoch 2)", "The KL is above"):
         assert f"<li>{line}" in page
     assert "<th>warnings" not in page
-    run_folder.save_lines(out / "metrics.jsonl", [row | {"warnings": []} for row in rows])
-    run_folder.save_json(out / "config.json", config)
+    files.save_lines(out / "metrics.jsonl", [row | {"warnings": []} for row in rows])
+    files.save_json(out / "config.json", config)
     report.write(out, 2, "code")
     assert "Warnings" not in (out / "report.html").read_text()
 

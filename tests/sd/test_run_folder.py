@@ -8,8 +8,8 @@ import torch
 from sd_helpers import read_rows
 
 import d3po
-from sd import run_folder
-from sd.run_folder import Stream, generator
+from sd import files, run_folder
+from sd.seeds import RandomPurpose, seeded_generator
 
 NEW = {"resume": None, "out": None, "objective": "compressibility"}
 
@@ -20,11 +20,16 @@ def in_an_empty_folder(tmp_path, monkeypatch):
 
 
 def test_streams_are_apart_and_each_number_counts():
-    seeds = [(0, Stream.TRAINING, 1), (0, Stream.STEPS, 1), (0, Stream.TRAINING, 2), (1, 0, 1)]
-    draws = [torch.randn(4, generator=generator(*numbers)) for numbers in seeds]
+    seeds = [
+        (0, RandomPurpose.TRAINING, 1),
+        (0, RandomPurpose.STEPS, 1),
+        (0, RandomPurpose.TRAINING, 2),
+        (1, 0, 1),
+    ]
+    draws = [torch.randn(4, generator=seeded_generator(*numbers)) for numbers in seeds]
     assert len({tuple(draw.tolist()) for draw in draws}) == 4
-    assert torch.equal(draws[0], torch.randn(4, generator=generator(0, 0, 1)))
-    assert len(set(Stream)) == 8
+    assert torch.equal(draws[0], torch.randn(4, generator=seeded_generator(0, 0, 1)))
+    assert len(set(RandomPurpose)) == 8
 
 
 def test_a_new_run_has_a_config_and_empty_tables():
@@ -53,8 +58,8 @@ def test_without_git_the_revision_is_unknown(monkeypatch):
 
 
 def test_a_resumed_run_keeps_what_it_has_and_gets_what_a_kill_left_out(tmp_path):
-    run_folder.save_json(tmp_path / "config.json", {"seed": 7})
-    run_folder.append(tmp_path / "labels.jsonl", [{"epoch": 1}])
+    files.save_json(tmp_path / "config.json", {"seed": 7})
+    files.append(tmp_path / "labels.jsonl", [{"epoch": 1}])
     assert run_folder.create_or_resume(NEW | {"resume": tmp_path}) == tmp_path
     assert json.loads((tmp_path / "config.json").read_text()) == {"seed": 7}
     assert read_rows(tmp_path / "labels.jsonl") == [{"epoch": 1}]
@@ -70,17 +75,17 @@ def test_a_folder_that_cannot_be_made_is_refused_in_a_sentence(below):
 
 def test_saving_replaces_the_old_file(tmp_path):
     for n in (1, 2):
-        run_folder.save_json(tmp_path / "a.json", {"n": n})
-        run_folder.save_tensors(tmp_path / "a.pt", {"n": torch.tensor(n)})
-    assert run_folder.read_json(tmp_path / "a.json") == {"n": 2}
+        files.save_json(tmp_path / "a.json", {"n": n})
+        files.save_tensors(tmp_path / "a.pt", {"n": torch.tensor(n)})
+    assert files.read_json(tmp_path / "a.json") == {"n": 2}
     assert torch.load(tmp_path / "a.pt") == {"n": torch.tensor(2)}
     assert {path.name for path in tmp_path.iterdir()} == {"a.json", "a.pt"}
 
 
 def test_a_failure_while_writing_leaves_the_old_file(tmp_path, monkeypatch):
-    run_folder.save_json(tmp_path / "a.json", {"n": 1})
-    run_folder.save_lines(tmp_path / "a.jsonl", [{"n": 1}])
-    run_folder.save_tensors(tmp_path / "a.pt", {"n": torch.tensor(1)})
+    files.save_json(tmp_path / "a.json", {"n": 1})
+    files.save_lines(tmp_path / "a.jsonl", [{"n": 1}])
+    files.save_tensors(tmp_path / "a.pt", {"n": torch.tensor(1)})
 
     def disk_full(content, path):
         Path(path).write_bytes(b"half a fi")
@@ -89,38 +94,38 @@ def test_a_failure_while_writing_leaves_the_old_file(tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "save", disk_full)
     monkeypatch.setattr(Path, "write_text", lambda path, text: disk_full(text, path))
     for save, name, content in (
-        (run_folder.save_json, "a.json", {"n": 2}),
-        (run_folder.save_lines, "a.jsonl", [{"n": 2}]),
-        (run_folder.save_tensors, "a.pt", {"n": torch.tensor(2)}),
+        (files.save_json, "a.json", {"n": 2}),
+        (files.save_lines, "a.jsonl", [{"n": 2}]),
+        (files.save_tensors, "a.pt", {"n": torch.tensor(2)}),
     ):
         with pytest.raises(OSError, match="No space"):
             save(tmp_path / name, content)
-    assert run_folder.read_json(tmp_path / "a.json") == {"n": 1}
-    assert run_folder.read_lines(tmp_path / "a.jsonl") == [{"n": 1}]
+    assert files.read_json(tmp_path / "a.json") == {"n": 1}
+    assert files.read_lines(tmp_path / "a.jsonl") == [{"n": 1}]
     assert torch.load(tmp_path / "a.pt") == {"n": torch.tensor(1)}
 
 
 def test_rows_are_appended_one_a_line(tmp_path):
     for rows in ([{"n": 1}, {"n": 2}], [], [{"n": 3}]):
-        run_folder.append(tmp_path / "rows.jsonl", rows)
+        files.append(tmp_path / "rows.jsonl", rows)
     assert read_rows(tmp_path / "rows.jsonl") == [{"n": 1}, {"n": 2}, {"n": 3}]
 
 
 def test_a_line_that_a_kill_cut_short_is_not_read_and_is_dropped(tmp_path):
     file = tmp_path / "rows.jsonl"
-    assert run_folder.read_lines(file) == []
-    run_folder.append(file, [{"epoch": 1}, {"epoch": 2}, {"epoch": 3}])
+    assert files.read_lines(file) == []
+    files.append(file, [{"epoch": 1}, {"epoch": 2}, {"epoch": 3}])
     with file.open("a") as opened:
         opened.write('{"epoch": 2')
-    assert len(run_folder.read_lines(file)) == 3
-    run_folder.keep_rows(file, lambda row: row["epoch"] != 2)
+    assert len(files.read_lines(file)) == 3
+    files.keep_rows(file, lambda row: row["epoch"] != 2)
     assert read_rows(file) == [{"epoch": 1}, {"epoch": 3}]
 
 
 @pytest.mark.parametrize("keep_labels", [False, True])
 def test_an_unfinished_epoch_is_dropped_but_not_what_people_answered(tmp_path, keep_labels):
     for name in ("metrics.jsonl", "labels.jsonl"):
-        run_folder.append(tmp_path / name, [{"epoch": 1}, {"epoch": 2}])
+        files.append(tmp_path / name, [{"epoch": 1}, {"epoch": 2}])
     run_folder.drop_unfinished(tmp_path, 1, keep_labels=keep_labels)
     assert read_rows(tmp_path / "metrics.jsonl") == [{"epoch": 1}]
     assert len(read_rows(tmp_path / "labels.jsonl")) == 1 + keep_labels
@@ -132,7 +137,7 @@ def test_images_are_named_by_epoch_group_and_number():
 
 
 def test_settings_of_an_earlier_run(tmp_path):
-    run_folder.save_json(tmp_path / "config.json", {"seed": 7, "lr": 0.1, "other": 1})
+    files.save_json(tmp_path / "config.json", {"seed": 7, "lr": 0.1, "other": 1})
     assert run_folder.load_settings(tmp_path, {"seed", "lr"}) == {"seed": 7, "lr": 0.1}
 
 

@@ -13,7 +13,8 @@ from PIL import Image
 from torch import nn
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
 
-from sd.scorers import ScorerError, get_switches, jpeg_kb, load_scorers, split_objective
+from sd import UserError
+from sd.scorers import get_switches, jpeg_kb, load_scorers, split_objective
 from toy.emoji_sd import models
 
 PROMPTS = ["a cat", "an ant", "a dog"]
@@ -208,14 +209,14 @@ def test_your_own_scorer(images, scorers):
     ],
 )
 def test_mistakes_of_your_own_scorer_show_when_it_is_loaded(mistakes, function, message):
-    with pytest.raises(ScorerError, match=message) as error:
+    with pytest.raises(UserError, match=message) as error:
         load_scorers(f"{mistakes}:{function}", PROMPTS)
     assert f"mine.py:{function}" in str(error.value)
 
 
 def test_a_scorer_that_fails_later_is_named_too(mistakes, images):
     (score,) = load_scorers(f"{mistakes}:later", PROMPTS)
-    with pytest.raises(ScorerError, match="mine.py:later gave 1 of 3 numbers"):
+    with pytest.raises(UserError, match="mine.py:later gave 1 of 3 numbers"):
         score(images, PROMPTS)
 
 
@@ -260,7 +261,7 @@ def test_scores_may_come_in_any_numbers(tmp_path, images, answer):
 def test_a_number_that_no_float_holds_is_said(tmp_path):
     file = tmp_path / "s.py"
     file.write_text("def f(images, prompts): return [10**400] * len(images)")
-    with pytest.raises(ScorerError, match="s.py:f raised OverflowError"):
+    with pytest.raises(UserError, match="s.py:f raised OverflowError"):
         load_scorers(f"{file}:f", PROMPTS)
 
 
@@ -345,7 +346,7 @@ def test_what_a_scorer_switches_in_the_process_is_its_own(tmp_path, images):
     before = get_switches()
     (score,) = load_scorers(f"{tmp_path}/s.py:f", PROMPTS)
     assert score(images, PROMPTS) == score(images, PROMPTS) == [7] * 3
-    with pytest.raises(ScorerError):
+    with pytest.raises(UserError):
         load_scorers(f"{tmp_path}/s.py:g", PROMPTS)
     assert get_switches() == before and torch.ones(1).device.type == "cpu"
 
@@ -384,7 +385,7 @@ def test_a_scorer_is_tried_on_the_prompts_of_the_run(tmp_path):
     file = tmp_path / "s.py"
     file.write_text("def f(images, prompts): return [{'1 hand': 1.0}[p] for p in prompts]")
     load_scorers(f"{file}:f", ["1 hand"])
-    with pytest.raises(ScorerError, match="KeyError: 'a cat'"):
+    with pytest.raises(UserError, match="KeyError: 'a cat'"):
         load_scorers(f"{file}:f", PROMPTS)
 
 
@@ -402,5 +403,5 @@ def test_a_missing_or_broken_file_is_refused(tmp_path):
     with pytest.raises(ValueError, match="there is no file .*no.py"):
         load_scorers(f"{tmp_path}/no.py:f", PROMPTS)
     (tmp_path / "broken.py").write_text("def f(:\n")
-    with pytest.raises(ScorerError, match="broken.py:f cannot be loaded .SyntaxError"):
+    with pytest.raises(UserError, match="broken.py:f cannot be loaded .SyntaxError"):
         load_scorers(f"{tmp_path}/broken.py:f", PROMPTS)

@@ -29,11 +29,12 @@ from test_model import as_ddim, stock_images
 
 import d3po
 import sd_demo
-from sd import cost, figures, metrics, options, run_folder
+from sd import cost, figures, files, metrics, options
+from sd.files import ROOT
 from sd.losses import SCORED
-from sd.memory import LabelledBatch
 from sd.model import Batch, PipelinePolicy
-from sd.run_folder import ROOT, Stream, generator
+from sd.replay import LabelledBatch
+from sd.seeds import RandomPurpose, seeded_generator
 
 # Of processes that a test starts
 ENVIRONMENT = os.environ | {
@@ -337,7 +338,7 @@ def done(tiny, scorers, tmp_path_factory):
 
 def test_a_run_leaves_its_folder(done, tiny):
     out, _ = done
-    config = run_folder.read_json(out / "config.json")
+    config = files.read_json(out / "config.json")
     assert config["model"] == str(tiny) and config["seed"] == 0 and config["lr"] == 0.02
     assert config["versions"]["torch"] == torch.__version__
     assert set(config["initial"]) == {"eval_score", "watched"} and config["epochs"] == 2
@@ -371,7 +372,7 @@ def test_metrics_have_the_keys_of_the_design(done):
     assert abs(first["kl"]) < 0.01 < second["kl"]  # of the policy that samples: first the initial
     assert 0 <= second["accuracy"] <= 1 and second["margin"] and first["skipped"] == 0
     assert 0 < first["loss"] < math.log(2) + 0.1 and 0 <= first["eval_win_rate"] <= 1
-    initial = run_folder.read_json(out / "config.json")["initial"]
+    initial = files.read_json(out / "config.json")["initial"]
     assert first["eval_score"] != initial["eval_score"] and initial["watched"] > 0
 
 
@@ -399,7 +400,7 @@ def test_figures_are_drawn_after_each_epoch(done):
 def test_held_out_images_are_the_initial_models_and_the_tuned_models(done, tiny):
     initial, tuned = (figures.held_out_images(done[0], epoch) for epoch in (0, 2))
     loaded = Loaded(tiny, "--images-per-prompt 3")
-    assert same_images(loaded.sample((0, 1), 1, Stream.HELD_OUT, 0).images, initial)
+    assert same_images(loaded.sample((0, 1), 1, RandomPurpose.HELD_OUT, 0).images, initial)
     assert not same_images(initial, tuned, 3)
 
 
@@ -413,7 +414,7 @@ def test_the_trained_lora_gives_the_same_images_in_a_fresh_pipeline(done, tiny):
     pipe, prompts = as_ddim(StableDiffusionPipeline.from_pretrained(tiny)), [PROMPTS[1], PROMPTS[3]]
 
     def images():
-        return stock_images(pipe, loaded.args, prompts, K=2, noise=generator(1, 1))
+        return stock_images(pipe, loaded.args, prompts, K=2, noise=seeded_generator(1, 1))
 
     assert same_images(initial.images, images())
     pipe.load_lora_weights(out / "lora")
@@ -447,7 +448,7 @@ def test_one_epoch_of_the_emoji_model_from_command_line_to_lora(tmp_path, no_fig
     stored = torch.load(out / "checkpoint" / "state.pt")["lora"]
     loaded.model.load_lora(stored)
     assert any(weight.abs().max() > 0 for name, weight in stored.items() if "lora_B" in name)
-    images = stock_images(pipe, loaded.args, PROMPTS[:2], K=1, noise=generator(0))
+    images = stock_images(pipe, loaded.args, PROMPTS[:2], K=1, noise=seeded_generator(0))
     assert same_images(loaded.sample((0, 1), 1).images, images)
 
 
@@ -458,9 +459,9 @@ CHOICES = [
     "--loss chain --update-every trajectory",
     "--step-fraction 0.5 --replay 1",
     "--update-every trajectory --reference previous --clip 0.1 --batch-size 1",
-    "--precision bf16 --gradient-checkpointing --eval-images 9 --pairs-per-epoch 4",
+    "--precision bf16 --gradient-checkpointing --eval-images 9 --prompts-per-epoch 4",
     "--recipe paper --lr 1e-3",
-    "--recipe alg1 --pairs-per-epoch 2",
+    "--recipe alg1 --prompts-per-epoch 2",
     "--loss sft",
     "--loss sft --beta 0.3 --replay 1",
     "--loss diffusion-dpo",
@@ -538,7 +539,7 @@ def test_a_share_of_the_steps_is_drawn_anew_for_each_batch(
         return update_batch(run, *args, steps=steps, **options)
 
     monkeypatch.setattr(sd_demo, "update_batch", update)
-    flags = "--num-steps 4 --step-fraction 0.5 --epochs 3 --pairs-per-epoch 8"
+    flags = "--num-steps 4 --step-fraction 0.5 --epochs 3 --prompts-per-epoch 8"
     run(tiny, tmp_path / "run", f"{scorers}:brightness", flags)
     assert [len(steps) for steps in drawn] == [2] * 12
     assert set().union(*drawn) == {0, 1, 2, 3} and len(set(drawn)) > 2
@@ -606,7 +607,7 @@ def test_the_run_says_how_many_prompts_it_read(tiny, scorers, tmp_path, capsys):
 
 def test_a_prompt_that_is_there_twice_keeps_its_images(tiny, scorers, tmp_path, no_figures):
     (tmp_path / "p.txt").write_text("a cat\na cat\na dog\n")
-    flags = f"--prompts {tmp_path}/p.txt --pairs-per-epoch 8 --epochs 1"
+    flags = f"--prompts {tmp_path}/p.txt --prompts-per-epoch 8 --epochs 1"
     out = run(tiny, tmp_path / "run", f"{scorers}:brightness", flags)
     assert {row["prompt"] for row in read_rows(out / "labels.jsonl")} == {"a cat", "a dog"}
     groups = torch.load(out / "latents" / "e001.pt")
@@ -624,19 +625,21 @@ def test_evaluation_compares_with_the_initial_model_on_new_noises(done, tiny, tm
     sd_demo.main(["--evaluate", str(out), "--eval-images", "5"])
     assert {path: path.read_bytes() for path in before} == before
     assert (out / "evaluation.png").read_bytes().startswith(b"\x89PNG")
-    result = run_folder.read_json(out / "evaluation.json")
+    result = files.read_json(out / "evaluation.json")
     assert json.dumps(result, indent=2) in capsys.readouterr().out
     assert result["pairs"] == 5 and "brightness" in result["objective"]
     low, high = result["win_rate_interval"]
     assert low <= result["win_rate"] <= high
     initial, tuned = result["initial"], result["tuned"]
     assert initial["score"] != tuned["score"] and tuned["watched"] > 0
-    held_out = run_folder.read_json(out / "config.json")["initial"]["eval_score"]
+    held_out = files.read_json(out / "config.json")["initial"]["eval_score"]
     assert initial["score"] != pytest.approx(held_out, rel=1e-6)
     # The initial model's part by hand, in the batches of the run
     loaded = Loaded(tiny, "--images-per-prompt 3")
     batches = [((0, 1, 2), 0), ((3, 4), 3)]
-    parts = [loaded.sample(numbers, 1, Stream.EVALUATION, n).images for numbers, n in batches]
+    parts = [
+        loaded.sample(numbers, 1, RandomPurpose.EVALUATION, n).images for numbers, n in batches
+    ]
     score = np.mean([np.asarray(image).mean() for part in parts for image in part])
     assert initial["score"] == pytest.approx(score, abs=0.1)
 
@@ -649,7 +652,7 @@ REFUSED = {  # of a model, after it was loaded: options are refused in test_opti
     "--model EMPTY": "give another folder",
     "--eta 1.5": "eta = 1.5: choose 0 < eta <= 1",
     "--objective SCORERS:raises": "raised RuntimeError: no luck",
-    "--pairs-per-epoch 3": "give a multiple of 2",
+    "--prompts-per-epoch 3": "give a multiple of 2",
     "--out FILE/below": "cannot be written",
 }
 
@@ -716,11 +719,11 @@ def test_who_stops_a_run_learns_how_to_go_on(tiny, tmp_path, monkeypatch):
 def test_a_finished_run_is_resumed_with_more_epochs(tiny, scorers, tmp_path, no_figures):
     objective = f"{scorers}:brightness"
     short = run(tiny, tmp_path / "short", objective, "--epochs 1")
-    command = run_folder.read_json(short / "config.json")["command"]
+    command = files.read_json(short / "config.json")["command"]
     sd_demo.main(["--resume", str(short), "--epochs", "2"])
     long = run(tiny, tmp_path / "long", objective)
     assert outcome(short) == outcome(long)
-    config, unbroken = (run_folder.read_json(out / "config.json") for out in (short, long))
+    config, unbroken = (files.read_json(out / "config.json") for out in (short, long))
     assert config["initial"] == unbroken["initial"]
     assert config["epochs"] == 2 and config["command"] == command
 
@@ -732,7 +735,7 @@ from pathlib import Path
 import torch
 from sd_helpers import run
 
-from sd import figures, run_folder
+from sd import figures, files
 
 torch.set_num_threads(1)
 figures.draw_run = lambda run: []
@@ -843,7 +846,7 @@ for name, scorer, flags in (
     ("none", "same", ""),
     ("chain", "brightness", chain),
 ):
-    flags += " --epochs 1 --pairs-per-epoch 4 --batch-size 1 --device cpu"
+    flags += " --epochs 1 --prompts-per-epoch 4 --batch-size 1 --device cpu"
     run(Path(model), Path(folder) / name, f"{scorers}:{scorer}", flags)
 """
 
@@ -877,8 +880,8 @@ def check_two_processes(tiny, out):
     flags = "--loss chain --update-every trajectory" if out.name == "chain" else ""
     loaded = Loaded(tiny, flags)
     before = [weight.clone() for weight in loaded.model.lora]
-    numbers = torch.randint(5, (4,), generator=generator(0, Stream.PROMPTS, 1))
-    groups = [loaded.sample(numbers[n : n + 1], 2, Stream.TRAINING, 1, n) for n in range(4)]
+    numbers = torch.randint(5, (4,), generator=seeded_generator(0, RandomPurpose.PROMPTS, 1))
+    groups = [loaded.sample(numbers[n : n + 1], 2, RandomPurpose.TRAINING, 1, n) for n in range(4)]
     losses = []
     for n in (0, 1):  # updates: process 0 has the groups 0 and 2, process 1 has 1 and 3
         batch = join(groups[2 * n : 2 * n + 2])
@@ -887,7 +890,7 @@ def check_two_processes(tiny, out):
             for group in (2 * n, 2 * n + 1)
         ]
         pairs = d3po.pairs_from_feedback(torch.tensor(answers)).tolist()
-        steps = torch.randperm(3, generator=generator(0, Stream.STEPS, 1, n)).tolist()
+        steps = torch.randperm(3, generator=seeded_generator(0, RandomPurpose.STEPS, 1, n)).tolist()
         losses += loaded.update(batch, pairs, steps=steps)[0]
     after = torch.cat([weight.flatten() for weight in loaded.model.lora])
     moved = after - torch.cat([weight.flatten() for weight in before])

@@ -10,11 +10,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from sd import options, run_folder
+from sd import files, options
 from sd.label_files import read_label_file
 from sd.labels import read_labels
-from sd.memory import open_image
 from sd.prompts import load_prompts
+from sd.replay import open_image
 from sd.scorers import load_scorers
 
 IMAGES = ["a.png", "b.png", "c.png"]
@@ -166,4 +166,4 @@ def test_any_text_as_an_objective_is_refused_in_one_sentence(tmp_path, monkeypat
             assert names <= {"compressibility", "incompressibility"}
 
     check()
-    assert not run_folder.read_lines(tmp_path / "none") and not list(tmp_path.iterdir())
+    assert not files.read_lines(tmp_path / "none") and not list(tmp_path.iterdir())

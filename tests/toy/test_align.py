@@ -244,7 +244,7 @@ def test_accuracy_and_margin_are_those_of_a_double_loop():
     assert 0 < epoch.accuracy < 1
 
 
-# Memory of earlier pairs
+# ReplayBuffer of earlier pairs
 
 
 def numbered(first, n):

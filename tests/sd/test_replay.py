@@ -11,21 +11,20 @@ from sd_helpers import FLAGS, PROMPTS, Loaded, outcome, parse, read_rows, run
 
 import d3po
 import sd_demo
-from sd import memory, options, run_folder
-from sd.labels import LabelError
+from sd import UserError, files, options, replay
 from sd.model import RunningAverage
 from sd.pipeline import decode
 
 REPLAY = "--replay 2 --average-weights"
 
 
-def groups_of(*sizes: int, x_T: bool = True) -> list[memory.Group]:
+def groups_of(*sizes: int, x_T: bool = True) -> list[replay.Group]:
     """Group n has prompt n, and in all latents of its image k the number 10 n + k."""
     groups = []
     for n, K in enumerate(sizes):
         x_0 = (10 * n + torch.arange(K)).view(K, 1, 1).expand(K, 2, 3).float()
         pairs = torch.tensor([[K - 1, 0]])
-        groups.append(memory.Group(PROMPTS[n], x_0, torch.ones(2, 3) if x_T else None, pairs))
+        groups.append(replay.Group(PROMPTS[n], x_0, torch.ones(2, 3) if x_T else None, pairs))
     return groups
 
 
@@ -40,7 +39,7 @@ def make_memory(tmp_path, schedule):
         args = parse(options.EMOJI, flags)
         args.out = tmp_path
         (tmp_path / "latents").mkdir(exist_ok=True)
-        found = memory.Memory(args, Accelerator(), schedule, PROMPTS)
+        found = replay.ReplayBuffer(args, Accelerator(), schedule, PROMPTS)
         found.groups = list(groups)
         return found
 
@@ -53,7 +52,7 @@ def make_memory(tmp_path, schedule):
 def test_a_batch_is_kept_as_groups_with_pairs_of_their_own_images(make_memory, schedule):
     x = torch.randn(5, 9, 2, 3)  # three groups of three
     cond, pairs = torch.tensor([4, 4, 4, 0, 0, 0, 2, 2, 2]), torch.tensor([[2, 0], [7, 8], [6, 8]])
-    batch = memory.LabelledBatch(d3po.Trajectory(x, torch.zeros(4, 9)), cond, pairs)
+    batch = replay.LabelledBatch(d3po.Trajectory(x, torch.zeros(4, 9)), cond, pairs)
     kept = make_memory()
     kept.add(3, [batch], images_per_prompt=3)
     first, last = kept.groups  # nothing is to be learned from the one without pairs
@@ -61,7 +60,7 @@ def test_a_batch_is_kept_as_groups_with_pairs_of_their_own_images(make_memory, s
         assert group.prompt == PROMPTS[cond[own]] and group.pairs.tolist() == expected
         assert torch.equal(group.x_0, x[-1, own : own + 3])
         assert torch.equal(group.x_T, x[0, own])
-    (again, other), expected = memory.load_groups(kept.folder, 3), kept.groups
+    (again, other), expected = replay.load_groups(kept.folder, 3), kept.groups
     for one, before in ((again, expected[0]), (other, expected[1])):
         assert one.prompt == before.prompt and torch.equal(one.x_0, before.x_0)
 
@@ -106,8 +105,8 @@ def test_a_pass_takes_every_group_once(make_memory):
 
 
 def test_the_epochs_of_a_large_file_make_a_pass_together(make_memory, monkeypatch):
-    monkeypatch.setattr(memory, "EPOCH_GROUPS", 2)
-    monkeypatch.setattr(memory, "epochs_of_pass", lambda groups: 3)
+    monkeypatch.setattr(replay, "EPOCH_GROUPS", 2)
+    monkeypatch.setattr(replay, "epochs_of_pass", lambda groups: 3)
     kept = make_memory("--batch-size 2", groups_of(2, 2, 2, 2, 2))
     drawn = [[b.cond[::2].tolist() for b in kept.draw_given(epoch)] for epoch in range(1, 7)]
     assert [len(batches) for batches in drawn] == [1] * 6
@@ -252,7 +251,7 @@ def learn(tiny, file, out, flags="", objective=()) -> None:
 def test_images_are_encoded_at_the_models_size_and_the_winner_comes_first(tiny, label_file):
     loaded = Loaded(tiny)
     args = options.parse(["--labels", str(label_file), "--model", str(tiny)])[1]
-    given = memory.Given(args, Accelerator())
+    given = replay.Given(args, Accelerator())
     assert given.prompts == [*PROMPTS[:3], "a prompt of its own"]
     assert (given.groups, given.pairs) == (4, 4)
     groups = given.encode(loaded.model.conditioning)
@@ -265,7 +264,7 @@ def test_images_are_encoded_at_the_models_size_and_the_winner_comes_first(tiny, 
         middle = Image.open(file).resize((60 * size[1] // 40, size[1]), Image.Resampling.BICUBIC)
         left = (middle.width - size[0]) // 2
         middle = middle.crop((left, 0, left + size[0], size[1]))
-        opened = memory.open_image(file, size)
+        opened = replay.open_image(file, size)
         assert np.abs(np.asarray(opened, float) - np.asarray(middle, float)).mean() < 3
 
 
@@ -326,11 +325,11 @@ def test_an_image_that_cannot_be_read_is_named_and_nothing_is_written(
     message = capsys.readouterr().err
     assert "2b.png is no image that can be read" in message
     assert not (tmp_path / "run").exists()
-    with pytest.raises(LabelError, match="no image that can be read"):
-        memory.open_image(label_file, (8, 8))
+    with pytest.raises(UserError, match="no image that can be read"):
+        replay.open_image(label_file, (8, 8))
     label_file.write_bytes(b"F\0\1\1\0\0\1\0\1\0\0\xff\xdb\0C\0\x08\6" + bytes(400))
-    with pytest.raises(LabelError, match="no image that can be read .unknown raw mode"):
-        memory.open_image(label_file, (8, 8))  # as another kind of file, it is worse
+    with pytest.raises(UserError, match="no image that can be read .unknown raw mode"):
+        replay.open_image(label_file, (8, 8))  # as another kind of file, it is worse
 
 
 def test_the_labels_of_a_run_are_a_file_for_the_next(tiny, scorers, tmp_path, no_figures):
@@ -338,4 +337,4 @@ def test_the_labels_of_a_run_are_a_file_for_the_next(tiny, scorers, tmp_path, no
     learn(tiny, earlier / "labels.jsonl", tmp_path / "run", "--max-kl 1e6")
     (first, _) = read_rows(tmp_path / "run" / "metrics.jsonl")
     assert first["labels"] == sum(row["h"] != 0 for row in read_rows(earlier / "labels.jsonl"))
-    assert run_folder.read_json(tmp_path / "run" / "config.json")["objective"] is None
+    assert files.read_json(tmp_path / "run" / "config.json")["objective"] is None

@@ -21,11 +21,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 import d3po
-from sd import run_folder
+from sd import UserError, files
 from sd.label_files import EPOCH_GROUPS, epochs_of_pass, read_label_file
-from sd.labels import LabelError
 from sd.pipeline import Conditioning, decode, encode
-from sd.run_folder import Stream, generator
+from sd.seeds import RandomPurpose, seeded_generator
 
 
 class Group(NamedTuple):
@@ -46,7 +45,7 @@ class LabelledBatch(NamedTuple):
     scores: Tensor | None = None  # (B,); None where there is not one score an image
 
 
-class Memory:
+class ReplayBuffer:
     """The labelled groups of a run, the same on every process.
 
     prompts: all that have a number.
@@ -82,7 +81,7 @@ class Memory:
         self.groups += groups
         if groups and self.accelerator.is_main_process:
             content = [tuple(group) for group in groups]
-            run_folder.save_tensors(group_file(self.folder, epoch), content)
+            files.save_tensors(group_file(self.folder, epoch), content)
 
     def load(self, epochs_done: int, given: list[Group]) -> None:
         """Take up the groups of these epochs; given: of --labels, in a run that starts."""
@@ -108,7 +107,7 @@ class Memory:
             yield self.redraw(self.shuffled(epoch, n)[:across], epoch, n)
 
     def shuffled(self, epoch: int, n: int) -> list[int]:
-        random = generator(self.seed, Stream.REPLAY, epoch, n)
+        random = seeded_generator(self.seed, RandomPurpose.REPLAY, epoch, n)
         return torch.randperm(len(self.groups), generator=random).tolist()
 
     def redraw(self, numbers: list[int], epoch: int, n: int) -> LabelledBatch:
@@ -117,7 +116,7 @@ class Memory:
         Without a share it gets one of the groups, without its pairs.
         """
         process, device = self.accelerator.process_index, self.accelerator.device
-        random = generator(self.seed, Stream.REPLAY, epoch, n, 1 + process)
+        random = seeded_generator(self.seed, RandomPurpose.REPLAY, epoch, n, 1 + process)
         own = numbers[process * self.batch_size :][: self.batch_size]
         groups = [self.groups[k] for k in own or numbers[:1]]
         x_T, pairs, cond, start = [], [], [], 0
@@ -145,13 +144,13 @@ class Memory:
     def keep_batch(self, epoch: int, first: int, trajectory: d3po.Trajectory) -> None:
         """Keep sampled trajectories; first: the number of their first group."""
         tensors = [tensor.cpu() for tensor in trajectory]
-        run_folder.save_tensors(self.batch_file(epoch, first), tensors)
+        files.save_tensors(self.batch_file(epoch, first), tensors)
 
     def kept_batch(self, epoch: int, first: int) -> d3po.Trajectory | None:
         file = self.batch_file(epoch, first)
         if not file.exists():
             return None
-        return d3po.Trajectory(*run_folder.load_tensors(file, self.accelerator.device))
+        return d3po.Trajectory(*files.load_tensors(file, self.accelerator.device))
 
     def drop_batches(self, epochs_done: int) -> None:
         for file in self.folder.glob("e*_p*.pt"):
@@ -166,7 +165,7 @@ def group_file(folder: Path, epoch: int) -> Path:
 def load_groups(folder: Path, epoch: int) -> list[Group]:
     """The groups of an epoch; none where it has no file."""
     file = group_file(folder, epoch)
-    return [Group(*parts) for parts in run_folder.load_tensors(file)] if file.exists() else []
+    return [Group(*parts) for parts in files.load_tensors(file)] if file.exists() else []
 
 
 def split(batch: LabelledBatch, prompts: list[str], images_per_prompt: int) -> list[Group]:
@@ -184,7 +183,7 @@ def split(batch: LabelledBatch, prompts: list[str], images_per_prompt: int) -> l
 class Given:
     """What --labels brings: prompts, and for a run that starts, groups of images.
 
-    A run that is resumed has encoded them. Raises LabelError as `read_label_file` does.
+    A run that is resumed has encoded them. Raises UserError as `read_label_file` does.
     """
 
     def __init__(self, args: Namespace, accelerator: Accelerator):
@@ -219,4 +218,4 @@ def open_image(file: Path, size: tuple[int, int]) -> Image.Image:
         with Image.open(file) as image:
             return ImageOps.fit(ImageOps.exif_transpose(image).convert("RGB"), size)
     except Exception as error:  # Pillow's decoders raise many kinds
-        raise LabelError(f"{file} is no image that can be read ({error}): take it out") from error
+        raise UserError(f"{file} is no image that can be read ({error}): take it out") from error
