@@ -10,9 +10,9 @@ import os
 import shlex
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from sd import UserError, files
 
@@ -98,31 +98,20 @@ RECIPES = {
 }
 LOSS_PRESETS = {"sft": {"beta": 0.0}, "ddpo": {"clip": 0.1}}  # the paper's SFT has no KL
 
-GROUPS = {  # of --help
-    "common": "common flags",
-    "labels": "what to learn",
-    "sampling": "sampling",
-    "method": "the method",
-    "machine": "the machine",
-    "evaluation": "the evaluation",
-}
+
+def setting(default: Any, help: str, metavar: str | None = None, **more) -> Any:
+    """A field with its help. more: choices; zero=True where a number may be 0."""
+    return field(default=default, metadata={"help": help, "metavar": metavar, **more})
 
 
-def setting(group: str, default: Any, help: str, **more) -> Any:
-    """A field of Settings. more: choices, metavar and type of its flag; least: of a number."""
-    return field(default=default, metadata={"group": group, "help": help, **more})
-
-
-def positive(group: str, default: Any, help: str, kind: type = float, **more) -> Any:
-    return setting(group, default, help, type=kind, least="positive", **more)
+# The bases of Settings are the groups of --help; a docstring is the title of its group
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
-    """All settings of a run, under the names of their flags."""
+class Common:
+    """common flags"""
 
     objective: str | Callable | None = setting(
-        "common",
         None,
         "compressibility, incompressibility, aesthetic, alignment, or FILE.py:FUNCTION of (PIL "
         "images, prompts) -> numbers, None for no score; several with commas: better means worse "
@@ -130,237 +119,169 @@ class Settings:
         "tags (which are bad?)",
     )
     labels: str | None = setting(
-        "common",
         None,
         "learn from labels that exist: .jsonl, .json, .csv, .tsv, or a folder with w/ and l/: see "
         "sd/label_files.py",
-        metavar="FILE",
+        "FILE",
     )
     prompts: str | list | None = setting(
-        "common",
         None,
         "animals, hand, unsafe (App. C), or a file: .jsonl, .json, .csv, .tsv, else lines; by "
         "default animals; with --labels alone, but for emoji, its own",
     )
     model: Any = setting(
-        "common",
         None,
         "hub id, folder or .safetensors file of SD, SDXL, SD3 or Flux; by default SD 1.5 with "
         "CUDA, else the bundled emoji model",
     )
-    epochs: int = positive(
-        "common", 50, "rounds of sampling and training; with --labels alone, passes over it", int
+    epochs: int = setting(50, "rounds of sampling and training; with --labels alone, passes", "N")
+    prompts_per_epoch: int = setting(8, "groups of images, each of one prompt and one x_T", "N")
+    images_per_prompt: int = setting(
+        4, "images of a group: K(K-1)/2 pairs; people are asked about K of them (K = 2: one)", "K"
     )
-    prompts_per_epoch: int = positive(
-        "common", 8, "groups of images, each of one prompt and one x_T", int, metavar="N"
-    )
-    images_per_prompt: int = positive(
-        "common",
-        4,
-        "images of a group: K(K-1)/2 pairs; people are asked about K of them (K = 2: one)",
-        int,
-        metavar="K",
-    )
-    num_steps: int = positive("common", 20, "denoising steps", int, metavar="T")
+    num_steps: int = setting(20, "denoising steps", "T")
     beta: float | None = setting(
-        "common",
         0.05,
         "strength of the KL, per nat of a summed log-prob; reward-weighted: temperature",
-        type=float,
-        least="not negative",
+        zero=True,
     )
-    lr: float = positive("common", 3e-4, "largest step size of AdamW", metavar="LR")
-    max_kl: float | None = positive(
-        "common",
+    lr: float = setting(3e-4, "largest step size of AdamW")
+    max_kl: float | None = setting(
         None,
         "KL limit: stop before this KL of held-out images to the initial model, nats; by default "
         "30 for people and --labels, 25 for the emoji model, else none",
-        metavar="NATS",
+        "NATS",
     )
-    seed: int = setting("common", 0, "seed of all random numbers", type=int, metavar="N")
-    out: Path | None = setting(
-        "common",
-        None,
-        "new folder; by default runs/OBJECTIVE-1, -2, ...",
-        type=Path,
-        metavar="RUN",
-    )
-    resume: Path | None = setting(
-        "common", None, "go on with a run, from its last whole epoch", type=Path, metavar="RUN"
-    )
+    seed: int = setting(0, "seed of all random numbers", "N", zero=True)
+    out: Path | None = setting(None, "new folder; by default runs/OBJECTIVE-1, -2, ...", "RUN")
+    resume: Path | None = setting(None, "go on with a run, from its last whole epoch", "RUN")
     evaluate: Path | None = setting(
-        "common",
-        None,
-        "compare the tuned with the initial model on images from new noise",
-        type=Path,
-        metavar="RUN",
+        None, "compare the tuned with the initial model on images from new noise", "RUN"
     )
-    dry_run: bool = setting(
-        "common", False, "check everything, print the plan, train nothing", action="store_true"
-    )
+    dry_run: bool = setting(False, "check everything, print the plan, train nothing")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Learning:
+    """what to learn"""
 
     images: str | None = setting(
-        "labels", None, "folder of the images of --labels; by default its own", metavar="DIR"
+        None, "folder of the images of --labels; by default its own", "DIR"
     )
     watch: str | Callable | None = setting(
-        "labels",
         None,
         "a scorer that is only reported; by default the emoji model's classifier, else none",
-        metavar="SCORER",
+        "SCORER",
     )
-    annotators: int = positive(
-        "labels", 1, "people who answer each question of human and tags", int, metavar="N"
-    )
+    annotators: int = setting(1, "people who answer each question of human and tags", "N")
     question: str | None = setting(
-        "labels",
-        None,
-        "text above the images; by default which is better, or which are bad",
-        metavar="TEXT",
+        None, "text above the images; by default which is better, or which are bad", "TEXT"
     )
     port: int | None = setting(
-        "labels",
-        None,
-        "of the page for people; by default the first free one from 7860",
-        type=int,
-        metavar="N",
+        None, "port of the page for people; by default the first free one from 7860", "N", zero=True
     )
-    clip_model: str = setting(
-        "labels", CLIP, "CLIP of aesthetic and alignment: hub id or folder", metavar="CLIP"
-    )
+    clip_model: str = setting(CLIP, "CLIP of aesthetic and alignment: hub id or folder", "CLIP")
     aesthetic_head: str = setting(
-        "labels", AESTHETIC_HEAD, "state dict of its linear layers: URL or file", metavar="HEAD"
+        AESTHETIC_HEAD, "state dict of its linear layers: URL or file", "HEAD"
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """sampling"""
 
     init_lora: str | None = setting(
-        "sampling",
-        None,
-        "begin from the model with this LoRA in it: folder or file; by default none",
-        metavar="PATH",
+        None, "begin from the model with this LoRA in it: folder or file; by default none", "PATH"
     )
-    height: int | None = positive(
-        "sampling", None, "of images, pixels; by default the model's", int, metavar="N"
-    )
-    width: int | None = positive(
-        "sampling", None, "of images, pixels; by default the model's", int, metavar="N"
-    )
-    eta: float = positive("sampling", 1.0, "DDIM's noise scale, 0 < eta <= 1", metavar="ETA")
+    height: int | None = setting(None, "of images, pixels; by default the model's", "N")
+    width: int | None = setting(None, "of images, pixels; by default the model's", "N")
+    eta: float = setting(1.0, "DDIM's noise scale, 0 < eta <= 1", "ETA")
     guidance_scale: float = setting(
-        "sampling",
-        5.0,
-        "classifier-free guidance; 1 or less: none",
-        type=float,
-        least="not negative",
-        metavar="X",
+        5.0, "classifier-free guidance; 1 or less: none", "X", zero=True
     )
 
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """the method"""
+
     recipe: str = setting(
-        "method",
         "default",
         "paper: Table 2 as released; alg1: Table 2 with Alg. 1 as printed, without the clamp",
         choices=["default", *RECIPES],
     )
     loss: str = setting(
-        "method",
         "eq14",
         "chain: Eq. 5 on whole chains; Eq. 14, Eq. 12, or a method that they are compared with",
         choices=LOSSES,
     )
     update_every: str | None = setting(
-        "method",
         None,
         "update the weights at each step's loss, or once after the last; by default once with "
         "--loss chain, else at each",
         choices=["timestep", "trajectory"],
     )
-    clip: float | None = positive(
-        "method",
-        None,
-        "clamp pi_theta / pi_ref, or DDPO's ratio, to 1 +- this; by default no clamp",
-        metavar="X",
+    clip: float | None = setting(
+        None, "clamp pi_theta / pi_ref, or DDPO's ratio, to 1 +- this; by default no clamp", "X"
     )
     reference: str = setting(
-        "method",
         "initial",
         "the initial model, or the one that sampled",
         choices=["initial", "previous"],
     )
-    replay: int = setting(
-        "method",
-        0,
-        "batches of earlier groups in each epoch",
-        type=int,
-        least="not negative",
-        metavar="N",
-    )
+    replay: int = setting(0, "batches of earlier groups in each epoch", "N", zero=True)
     average_weights: bool = setting(
-        "method",
-        False,
-        "evaluate and save the average of the weights over the last tenth of the epochs",
-        action=argparse.BooleanOptionalAction,
+        False, "evaluate and save the average of the weights over the last tenth of the epochs"
     )
     skip_last: int = setting(
-        "method",
-        2,
-        "do not train the last N steps: their sigma is tiny",
-        type=int,
-        least="not negative",
-        metavar="N",
+        2, "do not train the last N steps: their sigma is tiny", "N", zero=True
     )
     lr_schedule: str = setting(
-        "method",
         "cosine",
         "the step size falls to 0 as a cosine, or stays",
         choices=["cosine", "constant"],
     )
-    warm_up: int = positive(
-        "method", 1, "epochs in which the step size rises to --lr", int, metavar="N"
-    )
-    weight_decay: float = setting(
-        "method",
-        1e-4,
-        "of AdamW, per unit of --lr",
-        type=float,
-        least="not negative",
-        metavar="X",
-    )
-    max_grad_norm: float = positive(
-        "method", 1.0, "gradients are clipped to this norm", metavar="X"
-    )
-    lora_rank: int = positive(
-        "method", 16, "rank of the LoRA on queries, keys and values", int, metavar="N"
-    )
+    warm_up: int = setting(1, "epochs in which the step size rises to --lr", "N")
+    weight_decay: float = setting(1e-4, "of AdamW, per unit of --lr", "X", zero=True)
+    max_grad_norm: float = setting(1.0, "gradients are clipped to this norm", "X")
+    lora_rank: int = setting(16, "rank of the LoRA on queries, keys and values", "N")
 
-    batch_size: int = positive(
-        "machine", 1, "groups at a time on each device, and in an update", int, metavar="N"
-    )
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """the machine"""
+
+    batch_size: int = setting(1, "groups at a time on each device, and in an update", "N")
     device: str = setting(
-        "machine",
         "auto",
         "to compute on; auto: the best one that there is",
         choices=["auto", "cpu", "cuda", "mps"],
     )
     precision: str | None = setting(
-        "machine",
         None,
         "of all but the LoRA and log-probs; by default fp16 with CUDA, else fp32",
         choices=PRECISIONS,
     )
-    gradient_checkpointing: bool = setting(
-        "machine", True, "less memory, a third more time", action=argparse.BooleanOptionalAction
-    )
+    gradient_checkpointing: bool = setting(True, "less memory, a third more time")
 
-    eval_images: int = positive(
-        "evaluation", 45, "held-out images, of the prompts in turn", int, metavar="N"
-    )
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """the evaluation"""
+
+    eval_images: int = setting(45, "held-out images, of the prompts in turn", "N")
     eval_prompts: str | list | None = setting(
-        "evaluation",
-        None,
-        "prompts of these images, as --prompts; by default those that are trained on",
-        metavar="PROMPTS",
+        None, "prompts of these images, as --prompts; by default those that are trained on"
     )
-    eval_every: int = positive(
-        "evaluation", 5, "epochs from one evaluation of them to the next", int, metavar="N"
-    )
+    eval_every: int = setting(5, "epochs from one evaluation of them to the next", "N")
+
+
+GROUPS = (Common, Learning, Sampling, Method, Machine, Evaluation)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(*reversed(GROUPS)):
+    """All settings of a run, under the names of their flags."""
 
     labeller: Any = None  # from Python alone: an object with the method `label` of sd/labellers.py
     command: str = ""  # what started the run
@@ -382,7 +303,7 @@ class Settings:
         return {name: describe(value) for name, value in vars(self).items() if name in SAVED}
 
 
-FLAGS = {option.name: option for option in fields(Settings) if "group" in option.metadata}
+FLAGS = {option.name: option for group in GROUPS for option in fields(group)}
 SAVED = set(FLAGS) - {"resume", "evaluate", "dry_run", "port", "device"} | {"command"}
 ON_RESUME = {"epochs", "max_kl", "question"}  # what --resume may change
 FROM_PYTHON = {"objective", "watch", "model", "labeller"}  # may be an object, which has no JSON
@@ -416,15 +337,28 @@ def build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
         add_help=False,
     )
-    groups = {name: parser.add_argument_group(title) for name, title in GROUPS.items()}
-    for name, option in FLAGS.items():
-        more = {**option.metadata}
-        add, text = groups[more.pop("group")].add_argument, more.pop("help")
-        more.pop("least", None)
-        shown = "" if option.default is None else f" (default: {option.default})"
-        add(flag_of(name), help=text + shown, **more)
+    for group in GROUPS:
+        add = parser.add_argument_group(group.__doc__).add_argument
+        for option in fields(group):
+            add(flag_of(option.name), **argument(option))
     parser.add_argument("-h", "--help", action="help", help=argparse.SUPPRESS)
     return parser
+
+
+def argument(option: Field) -> dict:
+    """A setting as argparse's add_argument takes it."""
+    more = {key: option.metadata.get(key) for key in ("metavar", "choices")}
+    if option.type is bool:
+        is_on = option.default or option.name == "average_weights"
+        more = {"action": argparse.BooleanOptionalAction if is_on else "store_true"}
+    kinds = [kind for kind in (int, float, Path) if kind in kinds_of(option)]
+    more |= {"type": kinds[0]} if kinds else {}
+    shown = "" if option.default is None else f" (default: {option.default})"
+    return {**more, "help": option.metadata["help"] + shown}
+
+
+def kinds_of(option: Field) -> tuple:
+    return get_args(option.type) or (option.type,)
 
 
 def flag_of(name: str) -> str:
@@ -576,14 +510,15 @@ def device_available(device: str) -> bool:
 def check(args: Settings) -> None:
     """Raise UserError for settings that cannot be meant."""
     for name, option in FLAGS.items():
-        value, least = getattr(args, name), option.metadata.get("least")
-        if least and value is not None:
-            fits = value > 0 or (value == 0 and least == "not negative")
-            if not (fits and value < math.inf):
-                raise UserError(f"{flag_of(name)} {value}: give a number that is {least}")
-        choices = option.metadata.get("choices")
-        if choices and value is not None and value not in choices:
+        value, choices = getattr(args, name), option.metadata.get("choices")
+        if value is None:
+            continue
+        if choices and value not in choices:
             raise UserError(f"{flag_of(name)} {value}: choose one of {', '.join(choices)}")
+        if {int, float} & {*kinds_of(option)}:
+            if not (0 < value < math.inf or value == 0 and option.metadata.get("zero")):
+                least = "0 or more" if option.metadata.get("zero") else "more than 0"
+                raise UserError(f"{flag_of(name)} {value}: give a number, {least}")
     for wrong, message in problems(args):
         if wrong:
             raise UserError(message)
@@ -655,10 +590,7 @@ def problems(args: Settings) -> list[tuple[bool, str]]:
             args.precision == "fp16" and not cuda,
             "--precision fp16 needs a CUDA GPU: give fp32 or bf16",
         ),
-        (
-            not 0 <= args.seed < 2**63,
-            f"--seed {args.seed}: give a number from 0 to 2^63 - 1",
-        ),
+        (args.seed >= 2**63, f"--seed {args.seed}: give a number from 0 to 2^63 - 1"),
         (
             new_run and args.out and os.path.exists(args.out),
             f"--out {args.out} exists: give a new folder, or --resume it",
