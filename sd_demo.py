@@ -277,7 +277,7 @@ def start(parser: ArgumentParser, args: Namespace, lock: files.Lock) -> None:
                 run_folder.drop_unfinished(args.out, epochs_done, keep_labels=people)
             train(run, epochs_done, bar)
             bar.close()
-            accelerator.print(report.ending(args))
+            accelerator.print(report.ending(args.out, len(run.rows()), args.objective))
         elif is_main:
             bar.total = 2 * plan.calls_eval
             with run.average.applied():

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
@@ -93,6 +93,48 @@ def objective_name(objective: str | Callable | Sequence) -> str:
         for part in parts_of(objective)
     ]
     return ",".join(names)
+
+
+class Measure(NamedTuple):
+    """How people read a score."""
+
+    name: str  # with its unit
+    phrase: str  # around the number
+    number: str = "{:.4g}"
+    factor: float = 1.0  # of the number shown, per unit of the score
+
+    def show(self, score: float) -> str:
+        return self.number.format(self.factor * score)
+
+    def say(self, score: float, initial: float | None = None) -> str:
+        """Words for a score, and for the one before training."""
+        words = self.phrase.format(self.show(score))
+        return words if initial is None else f"{words} (before: {self.show(initial)})"
+
+
+JPEG = Measure("JPEG size (kB)", "JPEG size {}", "{:.2f} kB")
+MEASURES = {
+    "compressibility": JPEG._replace(factor=-1.0),
+    "incompressibility": JPEG,
+    "aesthetic": Measure("aesthetic score", "aesthetic score {}", "{:.2f}"),
+    "alignment": Measure("CLIP score", "CLIP score {}", "{:.2f}"),
+}
+ANIMALS = Measure(
+    "animals recognised by a separate classifier (%)",
+    "a separate classifier recognises {} of the animals",
+    "{:.1f} %",
+    100.0,
+)
+
+
+def measure_of(objective: str) -> Measure:
+    """How people read the first scorer of an objective; one's own by its function's name."""
+    first = split_objective(objective)[0]
+    file, _, function = first.rpartition(".py:")
+    if Path(file).parts[-2:] == ("emoji_sd", "classifier") and function.startswith("recognised"):
+        return ANIMALS
+    words = function.replace("_", " ")
+    return MEASURES.get(first, Measure(words, f"{words} {{}}"))
 
 
 def jpeg_kb(image: Image.Image) -> float:
