@@ -10,6 +10,7 @@ from sd import files
 from sd.metrics import PEOPLE, as_sentence, describe_kl, percent, wilson
 from sd.scorers import measure_of, split_objective
 
+SETTINGS = "These are the settings that it was trained with; with others its effect may differ."
 FIGURES = {  # file of a run -> what it shows
     "progress.png": "Images from the same starting noises, which no training saw, over the "
     "training. A number is the mean of all held-out images.",
@@ -76,16 +77,17 @@ def in_words(objective: str) -> str:
 
 
 def held_out_sentences(settings: Namespace, rows: list[dict]) -> list[str]:
-    """The last held-out images that metrics.jsonl has a number of."""
-    keys = ("eval_score", "watched")
+    """The last held-out images that metrics.jsonl has a number of, as `comparison_sentences`."""
+    keys, sentences, result = ("eval_score", "watched"), [], {}
     measured = [row for row in rows if any(row[key] is not None for key in keys)]
-    sides = [settings.initial, measured[-1] if measured else settings.initial]
-    initial, tuned = ({"score": side["eval_score"], "watched": side["watched"]} for side in sides)
-    result = {"initial": initial, "tuned": tuned}
-    if measured and (pairs := measured[-1].get("eval_pairs")):
-        share = measured[-1]["eval_win_rate"]
-        result |= {"pairs": pairs, "win_rate": share, "win_rate_interval": wilson(share, pairs)}
-    sentences = comparison_sentences(result, settings.objective, settings.watch)
+    if measured:
+        last = measured[-1]
+        for name, side in (("initial", settings.initial), ("tuned", last)):
+            result[name] = {"score": side["eval_score"], "watched": side["watched"]}
+        if pairs := last.get("eval_pairs"):
+            share = last["eval_win_rate"]
+            result |= {"pairs": pairs, "win_rate": share, "win_rate_interval": wilson(share, pairs)}
+        sentences = comparison_sentences(result, settings.objective, settings.watch)
     if "win_rate" not in result:
         sentences.append("Whether its images are better is not measured yet: --evaluate does it.")
     return sentences
@@ -173,47 +175,55 @@ def usage(folder: Path, prompt: str, *, pipeline: str, flow: bool) -> str:
 def write(folder: Path, epoch: int, code: str) -> None:
     """README.md, a model card, and report.html, one file that needs no network, of a run.
 
-    epoch: the last one that is kept; code: `usage`. The card's code finds the LoRA beside it.
+    epoch: the last one that is kept; code: `usage`.
     """
     settings = settings_of(folder)
-    objective = in_words(settings.objective) if settings.objective else Path(settings.labels).name
-    title = f"{Path(settings.model).name}, tuned by D3PO on {objective}"
-    sentences = result_sentences(folder)
-    pictures = [name for name in FIGURES if (folder / name).exists()]
-    stock = (folder / "evaluation_stock.png").exists()
-    note = "" if stock else "With the pipeline's own settings, pipe(prompt), it is not measured."
+    labels = settings.objective or Path(settings.labels).name
+    title = f"{Path(settings.model).name}, tuned by D3PO on {in_words(labels)}"
+    files.save_text(folder / "README.md", card(folder, title, epoch=epoch, code=code))
+    files.save_text(folder / "report.html", page(folder, title, code=code))
 
-    card = [f"# {title}", "\n".join(sentences)]
-    card += [f"![{FIGURES[name]}]({name})\n\n*{FIGURES[name]}*" for name in pictures]
+
+def card(folder: Path, title: str, *, epoch: int, code: str) -> str:
+    """Its code finds the LoRA in the card's folder, wherever that is."""
     local = code.replace(repr(lora_path(folder)), "'lora'")
-    card += [f"A LoRA. In the folder of this file, run\n\n```python\n{local}\n```", note]
-    card += [f"It was made in epoch {epoch} of\n\n    {settings.command}"]
-    card += ["The method: [D3PO](https://arxiv.org/abs/2311.13231). All numbers: metrics.jsonl."]
-    files.save_text(folder / "README.md", "\n\n".join(part for part in card if part) + "\n")
+    parts = [f"# {title}", "\n".join(result_sentences(folder))]
+    parts += [f"![{FIGURES[name]}]({name})\n\n*{FIGURES[name]}*" for name in pictures(folder)]
+    parts += [f"A LoRA. In the folder of this file, run\n\n```python\n{local}\n```", SETTINGS]
+    parts += [f"It was made in epoch {epoch} of\n\n    {settings_of(folder).command}"]
+    parts += ["The method: [D3PO](https://arxiv.org/abs/2311.13231). All numbers: metrics.jsonl."]
+    return "\n\n".join(parts) + "\n"
 
-    page = [f"<!doctype html><html lang=en><meta charset=utf-8><title>D3PO</title>{STYLE}"]
-    page += [f"<h1>{html.escape(title)}</h1>"]
-    page += [f"<p>{html.escape(' '.join(sentences)).replace(' %', '&nbsp;%')}</p>"]
+
+def page(folder: Path, title: str, *, code: str) -> str:
+    result = html.escape(" ".join(result_sentences(folder))).replace(" %", "&nbsp;%")
+    parts = [f"<!doctype html><html lang=en><meta charset=utf-8><title>D3PO</title>{STYLE}"]
+    parts += [f"<h1>{html.escape(title)}</h1><p>{result}</p>"]
     if warnings := collect_warnings(folder):
         items = [f"<li>{html.escape(warning)}</li>" for warning in warnings]
-        page += ["<h2>Warnings</h2><ul>", *items, "</ul>"]
-    for name in pictures:
+        parts += ["<h2>Warnings</h2><ul>", *items, "</ul>"]
+    for name in pictures(folder):
         image = base64.b64encode((folder / name).read_bytes()).decode()
-        page += [f"<p>{FIGURES[name]}</p><img src=data:image/png;base64,{image} alt={name}>"]
-    page += [f"<h2>Use it</h2><pre>{html.escape(code)}</pre><p>{note}</p>"]
-    page += [f"<h2>How it was made</h2><pre>{html.escape(settings.command)}</pre>"]
-    page += [f"<p>All numbers: metrics.jsonl and evaluation.json in {html.escape(str(folder))}."]
-    files.save_text(folder / "report.html", "\n".join(page) + "\n")
+        parts += [f"<p>{FIGURES[name]}</p><img src=data:image/png;base64,{image} alt={name}>"]
+    parts += [f"<h2>Use it</h2><pre>{html.escape(code)}</pre><p>{SETTINGS}"]
+    parts += [f"<h2>How it was made</h2><pre>{html.escape(settings_of(folder).command)}</pre>"]
+    parts += [f"<p>All numbers: metrics.jsonl and evaluation.json in {html.escape(str(folder))}."]
+    return "\n".join(parts) + "\n"
+
+
+def pictures(folder: Path) -> list[str]:
+    return [name for name in FIGURES if (folder / name).exists()]
 
 
 def collect_warnings(folder: Path) -> list[str]:
     """Why a run ended early, and its warnings, each once with its epochs."""
-    epochs = {}
+    settings, epochs = settings_of(folder), {}
     for row in files.read_lines(folder / "metrics.jsonl"):
         for warning in row.get("warnings", []):
             epochs.setdefault(warning, []).append(str(row["epoch"]))
-    stopped = getattr(settings_of(folder), "stopped", None)
-    warnings = [f"{warning} (epoch {', '.join(at)})" for warning, at in epochs.items()]
+    stopped = getattr(settings, "stopped", None)
+    time = "round" if settings.objective in PEOPLE else "epoch"
+    warnings = [f"{warning} ({time} {', '.join(at)})" for warning, at in epochs.items()]
     return [stopped, *warnings] if stopped else warnings
 
 

@@ -11,33 +11,20 @@ from sd.metrics import EvalResult
 
 
 def test_preference_metrics_in_numbers():
+    """All pairs of all batches count alike, and a tie is no hit."""
     log_ratio = torch.tensor([[0.5, -3.0, 1.0], [0.5, 0.0, 1.0], [9.0, 0.0, 0.0]])  # T, B
-    batch = metrics.log_ratios(log_ratio, torch.tensor([[0, 1], [0, 2]]), trained_steps=2)
-    result = metrics.preference_metrics([batch], beta=0.1)
-    assert result["accuracy"] == 0.5
-    assert result["margin"] == pytest.approx(0.1 * (4 - 1) / 2)
-    assert result["log_ratio_winners"] == 1
-    assert result["log_ratio_losers"] == pytest.approx(-0.5)
-
-
-def test_without_pairs_there_is_no_metric():
-    batch = metrics.log_ratios(torch.zeros(2, 3), torch.zeros(0, 2).long(), trained_steps=2)
-    for batches in ([], [batch]):
+    pairs = torch.tensor([[0, 1], [0, 2], [1, 1]])
+    batch = metrics.log_ratios(log_ratio, pairs, trained_steps=2)
+    other = metrics.LogRatios([2.0], [0.0], [], [])
+    assert metrics.preference_metrics([batch, other], beta=0.1) == {
+        "accuracy": 0.5,
+        "margin": pytest.approx(0.1 * (4 - 1 + 0 + 2) / 4),
+        "log_ratio_winners": pytest.approx((1 + 1 - 3 + 2) / 4),
+        "log_ratio_losers": pytest.approx((-3 + 2 - 3 + 0) / 4),
+    }
+    no_pair = metrics.log_ratios(torch.zeros(2, 3), torch.zeros(0, 2).long(), trained_steps=2)
+    for batches in ([], [no_pair]):
         assert set(metrics.preference_metrics(batches, beta=0.1).values()) == {None}
-
-
-def test_all_pairs_of_all_batches_count_alike():
-    one = metrics.LogRatios([1.0, 2.0, 3.0], [0.0, 0.0, 0.0], [], [])
-    other = metrics.LogRatios([-2.0], [2.0], [], [])
-    result = metrics.preference_metrics([one, other], beta=0.5)
-    assert result["accuracy"] == 0.75 and result["margin"] == 0.5 * (6 - 4) / 4
-    assert result["log_ratio_winners"] == 1 and result["log_ratio_losers"] == 0.5
-
-
-def test_a_winner_that_is_not_above_the_loser_is_no_hit():
-    batch = metrics.log_ratios(torch.zeros(1, 2), torch.tensor([[0, 1]]), trained_steps=1)
-    result = metrics.preference_metrics([batch], beta=1)
-    assert result["accuracy"] == 0
 
 
 def test_the_kl_is_a_mean_of_sums_over_the_steps():
@@ -60,9 +47,6 @@ def test_the_mean_score_counts_every_image_once():
 def test_the_mean_score_is_that_of_the_first_scorer():
     rows = [{"images": ["a", "b"], "scores": [[1.0, 7.0], [3.0, 9.0]]}]
     assert metrics.mean_score(rows) == {"score": 2.0, "score_sem": pytest.approx(1.0)}
-
-
-def test_the_standard_error_of_one_score_is_zero():
     assert metrics.mean_and_error(torch.tensor([3.0])) == (3, 0)
 
 
@@ -84,14 +68,11 @@ def test_the_win_rate_has_wilsons_interval():
     assert result["tuned"] == {"score": 0.8, "score_sem": sem, "watched": 0.9}
 
 
-@pytest.mark.parametrize(
-    "h, share, ends",
-    [([1] * 10, 1, [0.7225, 1]), ([-1] * 10, 0, [0, 0.2775]), ([0] * 10, 0.5, [0.2366, 0.7634])],
-)
-def test_the_interval_stays_inside_0_and_1_and_ties_count_half(h, share, ends):
-    result = metrics.win_rate(torch.tensor(h))
-    assert result["win_rate"] == share
-    assert result["win_rate_interval"] == pytest.approx(ends, abs=1e-4)
+def test_the_interval_stays_inside_0_and_1_and_ties_count_half():
+    for h, share, ends in ((1, 1, [0.7225, 1]), (-1, 0, [0, 0.2775]), (0, 0.5, [0.2366, 0.7634])):
+        result = metrics.win_rate(torch.tensor([h] * 10))
+        assert result["win_rate"] == share
+        assert result["win_rate_interval"] == pytest.approx(ends, abs=1e-4)
 
 
 def test_an_evaluation_in_metrics_jsonl():
@@ -204,12 +185,9 @@ def test_scores_that_are_missing_are_in_no_mean():
     none = [{"images": ["a", "b"], "scores": [None, None], "h": None}]
     assert metrics.mean_score(none) == {"score": None, "score_sem": None}
     assert metrics.label_counts(none) == {"preferences": 0, "unscored": 2, "bad_share": None}
-
-
-def test_an_image_has_no_score_where_one_of_several_scorers_gave_none():
-    rows = [{"images": ["a", "b"], "scores": [[1.0, None], [3.0, 9.0]], "h": None}]
-    assert metrics.mean_score(rows)["score"] == 2
-    assert metrics.label_counts(rows) == {"preferences": 0, "unscored": 1, "bad_share": None}
+    of_two_scorers = [{"images": ["a", "b"], "scores": [[1.0, None], [3.0, 9.0]], "h": None}]
+    assert metrics.mean_score(of_two_scorers)["score"] == 2
+    assert metrics.label_counts(of_two_scorers)["unscored"] == 1
 
 
 def test_labels_of_people_and_of_files_are_counted():
@@ -233,32 +211,16 @@ def test_the_win_rate_is_that_of_images_with_a_score():
     assert metrics.eval_row(scored([NAN] * 4), initial)["eval_win_rate"] is None
 
 
-@pytest.mark.parametrize(
-    "preferences, stops",
-    [
-        ([0, 0, 0], True),
-        ([4, 0, 0, 0], True),
-        ([0, 0], False),
-        ([0, 0, 1], False),
-        ([0, 1, 0, 0], False),
-        ([None, 0, 0], False),  # of labels that were there already
-        ([None] * 3, False),
-        ([], False),
-    ],
-)
-def test_three_epochs_in_a_row_without_a_preference_end_a_run(tmp_path, preferences, stops):
-    rows = [{"epoch": n, "preferences": count} for n, count in enumerate(preferences, 1)]
-    files.append(tmp_path / "metrics.jsonl", rows)
-    sentence = metrics.nothing_to_learn(tmp_path)
-    assert bool(sentence) == stops
-    if stops:
-        assert f"epochs {len(rows) - 2} to {len(rows)} says which" in sentence
-        assert "another --objective" in sentence and "\n" not in sentence
+def test_three_epochs_in_a_row_without_a_preference_end_a_run(tmp_path):
+    def sentence(*preferences: int | None) -> str | None:
+        rows = [{"epoch": n, "preferences": count} for n, count in enumerate(preferences, 1)]
+        files.save_lines(tmp_path / "metrics.jsonl", rows)
+        return metrics.nothing_to_learn(tmp_path)
 
-
-def test_rows_of_an_earlier_version_do_not_end_a_run(tmp_path):
-    files.append(tmp_path / "metrics.jsonl", [{"epoch": n} for n in range(1, 5)])
-    assert metrics.nothing_to_learn(tmp_path) is None
+    assert sentence(0, 0, 0) and "epochs 2 to 4 says which" in sentence(4, 0, 0, 0)
+    assert "another --objective" in sentence(0, 0, 0) and "\n" not in sentence(0, 0, 0)
+    assert not (sentence() or sentence(0, 0) or sentence(0, 0, 1) or sentence(0, 1, 0, 0))
+    assert not (sentence(None, 0, 0) or sentence(None, None, None))  # of labels of a file
 
 
 CHANCE = [  # accuracy, labels, epochs, last win rate, warns
