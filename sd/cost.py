@@ -9,10 +9,10 @@ from typing import NamedTuple
 import torch
 from diffusers import StableDiffusionPipeline
 
+from sd.families import PRESETS
 from sd.label_files import EPOCH_GROUPS, passes_over_given
 from sd.labels import pairs_of_group
 from sd.model import Model
-from sd.pipeline import PRESETS
 
 # Calls of the network in a step of a loss, with gradient and without; others have one with
 CALLS = {"chain": (1, 1), "sft": (2, 1), "dpok": (2, 1), "diffusion-dpo": (1, 1)}

@@ -17,9 +17,9 @@ import torch
 
 from sd import files, run_folder
 from sd.cost import Cost
+from sd.families import DTYPES, PRESETS, pipeline_name
 from sd.label_files import epochs_given
 from sd.losses import LOSSES, SCORED
-from sd.pipeline import DTYPES, PRESETS, pipeline_name
 from sd.scorers import AESTHETIC_HEAD, CLIP
 
 SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"

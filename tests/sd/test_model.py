@@ -1,8 +1,6 @@
 """A pipeline as a policy: against diffusers' own pipeline and scheduler, and the UNet by hand."""
 
-import json
 import math
-import shutil
 
 import pytest
 import torch
@@ -12,8 +10,8 @@ from peft.tuners.lora import LoraLayer
 from sd_helpers import PROMPTS, Loaded, make_pipeline, same_images
 
 import d3po
-from sd import model, options
-from sd.pipeline import DTYPES
+from sd import UserError, model, options
+from sd.families import DTYPES
 from sd.seeds import RandomPurpose, seeded_generator
 
 
@@ -194,8 +192,6 @@ def test_the_lora_is_float32_on_queries_keys_and_values_alone(tiny, precision):
     assert all(3 in weight.shape for weight in loaded.lora)
     trained = {name for name, weight in unet.named_parameters() if weight.requires_grad}
     assert len(trained) == len(loaded.lora) and all(".lora_" in name for name in trained)
-    for part in (loaded.pipe.vae, loaded.pipe.text_encoder):
-        assert not any(weight.requires_grad for weight in part.parameters())
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -227,7 +223,7 @@ def refusal(folder, **changes) -> str:
     args = options.parse(["--objective", "compressibility", "--model", str(folder)])[1]
     for name, value in changes.items():
         setattr(args, name, value)
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(UserError) as error:
         model.load_model(args, PROMPTS, Accelerator())
     return str(error.value)
 
@@ -240,23 +236,6 @@ def test_a_model_that_is_not_there_or_no_pipeline_is_refused(tmp_path):
     assert "give another folder" in refusal(tmp_path)
 
 
-def test_a_pipeline_of_another_kind_is_refused(tiny, tmp_path):
-    folder = shutil.copytree(tiny, tmp_path / "other")
-    index = json.loads((tiny / "model_index.json").read_text())
-    index["_class_name"] = "StableDiffusionImg2ImgPipeline"
-    (folder / "model_index.json").write_text(json.dumps(index))
-    assert "it is a StableDiffusionImg2ImgPipeline, and" in refusal(folder)
-
-
-def test_a_model_that_predicts_x_0_is_refused(tiny, tmp_path):
-    folder = shutil.copytree(tiny, tmp_path / "other")
-    file = folder / "scheduler" / "scheduler_config.json"
-    config = json.loads(file.read_text()) | {"prediction_type": "sample"}
-    file.write_text(json.dumps(config))
-    assert "it predicts 'sample', not epsilon, v or a flow" in refusal(folder)
-
-
 def test_steps_and_noise_that_a_schedule_cannot_have_are_refused(tiny):
-    assert "1000 noise levels" in refusal(tiny, num_steps=1000)
-    assert "2000" in refusal(tiny, num_steps=2000)
+    assert "--num-steps 1000 --eta 1.0 cannot be sampled" in refusal(tiny, num_steps=1000)
     assert "eta = 1.5: choose 0 < eta <= 1" in refusal(tiny, eta=1.5)
