@@ -48,6 +48,9 @@ from sd.seeds import RandomPurpose, seeded_generator
 
 LORA_TARGETS = ["to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj"]  # App. E
 STOCK_IMAGES = 16  # a stock call takes 50 steps, guided
+# Latent elements of a pass without gradient: 16 rows of SD 1.5 at 512 pixels, whose activations
+# take 1 GB in fp16, less than an update's; a CPU is as fast from 8 rows of the emoji model on
+ELEMENTS_WITHOUT_GRADIENT = 2**18
 WORLD_SIZES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 # Beyond these, float32 log-ratios lose their meaning
 MIN_ALPHA_BAR = 1e-6
@@ -193,7 +196,14 @@ class Model(NamedTuple):
 
     def log_prob(self, denoiser: PipelinePolicy, batch: "Batch") -> Tensor:
         """Log-probs (T, B) that a denoiser gives to the actions of a batch, nats, no gradient."""
-        return d3po.trajectory_log_prob(denoiser, self.schedule, batch.trajectory, batch.cond)
+        size = self.images_without_gradient
+        x, log_prob = (tensor.split(size, 1) for tensor in batch.trajectory)
+        trajectories = map(d3po.Trajectory, x, log_prob)
+        parts = [
+            d3po.trajectory_log_prob(denoiser, self.schedule, trajectory, cond)
+            for trajectory, cond in zip(trajectories, batch.cond.split(size), strict=True)
+        ]
+        return torch.cat(parts, 1)
 
     def save_lora(self, folder: Path) -> None:
         """Write the LoRA as pipe.load_lora_weights reads it."""
@@ -224,6 +234,11 @@ class Model(NamedTuple):
     @property
     def latent_shape(self) -> tuple[int, ...]:
         return tuple(self.conditioning.latents.shape[1:])
+
+    @property
+    def images_without_gradient(self) -> int:
+        """How many images go through the network together where no gradient is wanted."""
+        return max(1, ELEMENTS_WITHOUT_GRADIENT // self.conditioning.latents.numel())
 
 
 def make_levels(pipe: DiffusionPipeline, args: Namespace, prediction: str) -> tuple:
@@ -338,18 +353,22 @@ def sample(
     prompts: Tensor,
     *,
     images_per_prompt: int,
-    generator: torch.Generator,
+    generator: torch.Generator | list[torch.Generator],
     trajectory: d3po.Trajectory | None = None,
 ) -> Batch:
     """K images from one x_T for each of the prompts, given by number (N,).   Alg. 1 lines 4-11.
 
+    generator: of the batch; or, with K = 1, one for each image, whatever batch it is in.
     trajectory: of these images, where they were sampled before.
     Raises UserError where an image is not finite.
     """
     device = model.network.device
     cond = prompts.repeat_interleave(images_per_prompt).to(device)
     if trajectory is None:
-        x_T = torch.randn(len(prompts), *model.latent_shape, generator=generator)
+        if isinstance(generator, list):
+            x_T = torch.stack([torch.randn(model.latent_shape, generator=g) for g in generator])
+        else:
+            x_T = torch.randn(len(prompts), *model.latent_shape, generator=generator)
         x_T = x_T.repeat_interleave(images_per_prompt, 0).to(device)
         trajectory = d3po.rollout(denoiser, model.schedule, x_T, cond, generator)
     texts = [model.conditioning.prompts[number] for number in cond.tolist()]
@@ -360,17 +379,16 @@ def sample(
 def sample_held_out(
     model: Model, denoiser: PipelinePolicy, args: Namespace, *, purpose: RandomPurpose
 ) -> tuple[list[Image.Image], list[str], float | None]:
-    """--eval-images images of the evaluation's prompts, in turn, and noises, whatever was trained.
+    """--eval-images images of the evaluation's prompts, in turn, whatever was trained.
 
-    Returns images, prompts, and with --max-kl the KL to the initial model in the steps trained.
+    Noise belongs to the image: number n has the same, however many are sampled together. Returns
+    images, prompts, and with --max-kl the KL to the initial model in the steps trained.
     """
     images, prompts, log_ratios = [], [], []
-    size = args.batch_size * args.images_per_prompt
-    for start in range(0, args.eval_images, size):
-        numbers = torch.arange(start, min(start + size, args.eval_images))
-        numbers = model.eval_prompts[numbers % len(model.eval_prompts)]
-        noise = seeded_generator(args.seed, purpose, start)
-        batch = sample(model, denoiser, numbers, images_per_prompt=1, generator=noise)
+    for part in torch.arange(args.eval_images).split(model.images_without_gradient):
+        numbers = model.eval_prompts[part % len(model.eval_prompts)]
+        noises = [seeded_generator(args.seed, purpose, n) for n in part.tolist()]
+        batch = sample(model, denoiser, numbers, images_per_prompt=1, generator=noises)
         images += batch.images
         prompts += batch.prompts
         if args.max_kl and not denoiser.reference:
@@ -396,10 +414,11 @@ def sample_stock(
     pipe.scheduler = model.stock_scheduler
     try:
         with lora_off(model.network) if denoiser.reference else nullcontext():
-            for start in range(0, N, args.batch_size * args.images_per_prompt):
-                part = range(start, min(start + args.batch_size * args.images_per_prompt, N))
-                noise = [seeded_generator(args.seed, RandomPurpose.STOCK, n) for n in part]
-                images += pipe([prompts[n] for n in part], generator=noise, **size).images
+            for part in torch.arange(N).split(model.images_without_gradient):
+                noises = [
+                    seeded_generator(args.seed, RandomPurpose.STOCK, n) for n in part.tolist()
+                ]
+                images += pipe([prompts[n] for n in part], generator=noises, **size).images
     finally:
         pipe.scheduler = own
         model.conditioning.move_text_encoders("cpu")

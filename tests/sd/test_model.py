@@ -162,19 +162,51 @@ def test_the_chains_of_a_group_start_alike_and_part(tiny):
     assert len({tuple(chain.tolist()) for chain in end.flatten(0, 1)}) == 6
 
 
+def held_out(loaded, purpose=RandomPurpose.HELD_OUT) -> tuple[list, list, float | None]:
+    return model.sample_held_out(loaded.model, loaded.model.sampler, loaded.args, purpose=purpose)
+
+
 def test_held_out_images_have_the_prompts_in_turn_and_fixed_noises(tiny):
     loaded = Loaded(tiny, "--eval-images 7 --seed 3")
-    args, sampler = loaded.args, loaded.model.sampler
-    images, prompts, kl = model.sample_held_out(
-        loaded.model, sampler, args, purpose=RandomPurpose.HELD_OUT
-    )
+    images, prompts, kl = held_out(loaded)
     assert kl is None  # without --max-kl nobody needs it
     assert prompts == [*PROMPTS, *PROMPTS[:2]] and len(images) == 7
-    other = model.sample_held_out(loaded.model, sampler, args, purpose=RandomPurpose.EVALUATION)[0]
+    other, *_ = held_out(loaded, RandomPurpose.EVALUATION)
     assert not same_images(images[:1], other[:1], 3)
-    # in batches of --batch-size times K images, each with its number as a seed
-    part = loaded.sample((4, 0, 1), 1, RandomPurpose.HELD_OUT, 4)
-    assert same_images(part.images, images[4:], 0)
+    generator = [seeded_generator(3, RandomPurpose.HELD_OUT, 4)]
+    alone = model.sample(
+        loaded.model,
+        loaded.model.sampler,
+        torch.tensor([4]),
+        images_per_prompt=1,
+        generator=generator,
+    )
+    assert same_images(alone.images, images[4:5])
+
+
+def test_noise_belongs_to_the_image_however_many_are_sampled_together(tiny, monkeypatch):
+    results, passes = [], []
+    for flags, elements in (
+        ("--batch-size 1", 2**18),
+        ("--batch-size 2 --images-per-prompt 3", 2**18),
+        ("", 3 * 2048),
+        ("", 1),
+    ):
+        monkeypatch.setattr(model, "ELEMENTS_WITHOUT_GRADIENT", elements)
+        loaded = Loaded(tiny, f"--eval-images 7 --max-kl 9 {flags}")
+        for weight in loaded.model.lora:
+            torch.nn.init.normal_(weight, std=0.05, generator=torch.Generator().manual_seed(0))
+        rows = count_rows(loaded.model.network)
+        images, _, kl = held_out(loaded)
+        passes.append(rows[:])
+        stock, _ = model.sample_stock(loaded.model, loaded.model.sampler, loaded.args)
+        results.append((images, stock, kl))
+    assert [max(of_run) // 2 for of_run in passes] == [7, 7, 3, 1]  # guided: two rows an image
+    first, *others = results
+    for images, stock, kl in others:
+        assert same_images(images, first[0]) and same_images(stock, first[1])
+        assert kl == pytest.approx(first[2], rel=1e-3) and kl > 0.1
+    assert not same_images(first[0][:2], first[0][5:], 3)  # the same prompts, other noise
 
 
 # The LoRA
