@@ -30,7 +30,8 @@ from sd import files, options
 from sd.bench import make_parser, markdown_table, replace_section, size_change
 from sd.bench_cost import HERE, ONE_PAIR, Bench, Setup, Side, count, machine_name, race, seconds
 from sd.bench_models import ARCHITECTURES, Architecture, random_models, small
-from sd.pipeline import DTYPES, decode
+from sd.families import DTYPES
+from sd.pipeline import decode
 
 PAGE = files.ROOT / "sd" / "results" / "gpu.md"
 MARK = "<!-- python -m sd.bench_gpu writes what is between these two lines -->\n"

@@ -27,7 +27,8 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from sd import model
-from sd.pipeline import DTYPES, NETWORKS, map_tensors
+from sd.families import DTYPES
+from sd.pipeline import NETWORKS, map_tensors
 from toy.emoji_sd import models
 
 CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu

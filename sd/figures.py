@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from sd import files
-from sd.metrics import PEOPLE
+from sd.options import PEOPLE
 from sd.scorers import measure_of
 
 if TYPE_CHECKING:  # a figure is drawn long after a command line is read

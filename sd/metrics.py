@@ -12,9 +12,9 @@ from torch import Tensor
 
 from sd import files
 from sd.labels import has_preference, pareto_preference
+from sd.options import PEOPLE
 from sd.scorers import measure_of
 
-PEOPLE = ("human", "tags")  # the objectives that people judge
 TIED_EPOCHS = 3  # in a row in which no label says which image is better, after which a run stops
 KL_LIMIT = 30  # nats in the steps trained, about where the emoji model loses its animals
 # After these the accuracy should be above chance, in the mean over the epochs, or the win rate be

@@ -7,7 +7,8 @@ from argparse import Namespace
 from pathlib import Path
 
 from sd import files
-from sd.metrics import PEOPLE, as_sentence, describe_kl, percent, wilson
+from sd.metrics import as_sentence, describe_kl, percent, wilson
+from sd.options import PEOPLE
 from sd.scorers import measure_of, split_objective
 
 SETTINGS = "These are the settings that it was trained with; with others its effect may differ."

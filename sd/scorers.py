@@ -296,11 +296,3 @@ def score_images(
     """(S, N), float64: scores as the S scorers gave them; NaN where they gave none."""
     rows = [torch.tensor(score(images, prompts), dtype=torch.float64) for score in scorers]
     return torch.stack(rows) if rows else torch.empty(0, len(images))
-
-
-def score_images(
-    scorers: list[Scorer], images: list[Image.Image], prompts: list[str]
-) -> torch.Tensor:
-    """(S, N), float64: scores as the S scorers gave them; NaN where they gave none."""
-    rows = [torch.tensor(score(images, prompts), dtype=torch.float64) for score in scorers]
-    return torch.stack(rows) if rows else torch.empty(0, len(images))
