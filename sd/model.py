@@ -231,9 +231,6 @@ class Model(NamedTuple):
         lora = load_file(file)
         self.load_lora({name.removeprefix(prefix): lora[name] for name in lora})
 
-    def release(self) -> None:
-        pass
-
     @property
     def latent_shape(self) -> tuple[int, ...]:
         return tuple(self.conditioning.latents.shape[1:])
