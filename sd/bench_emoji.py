@@ -35,12 +35,12 @@ FRONTIER = {  # compressibility: name of a line -> settings
         "num_steps": 10,
         "guidance_scale": 1,
         "prompts_per_epoch": 16,  # as many images
+        "epochs": 12,
     },
 }
-LONG = {"epochs": 12}
 RUNS = {
-    **{name: {"objective": "compressibility", **FRONTIER[name], **LONG} for name in FRONTIER},
-    "incompressibility": {"objective": "incompressibility", **LONG},
+    **{name: {"objective": "compressibility", **FRONTIER[name]} for name in FRONTIER},
+    "incompressibility": {"objective": "incompressibility"},
     "alignment": {
         "objective": f"{CLASSIFIER}:log_probability",
         "watch": f"{CLASSIFIER}:recognised_by_judge",
@@ -117,12 +117,12 @@ def write(folder: Path, work: Path) -> None:
     if frontier := [run for run in runs if run["name"] in FRONTIER]:
         draw_frontier(frontier, folder / "emoji_frontier.png")
     made = {job.key["name"]: work / job.name / "run" for job in JOBS}
-    copies = {f"emoji_{figure}.png": made[name] / file for figure, (name, file) in FIGURES.items()}
-    copies[f"emoji_lora/{LORA_FILE}"] = made[CHAIN] / "lora" / LORA_FILE
-    for name, file in copies.items():
-        if file.exists():
-            (folder / name).parent.mkdir(exist_ok=True)
-            shutil.copyfile(file, folder / name)
+    copies = {f"emoji_{figure}.png": (name, file) for figure, (name, file) in FIGURES.items()}
+    copies[f"emoji_lora/{LORA_FILE}"] = CHAIN, f"lora/{LORA_FILE}"
+    for copy, (name, file) in copies.items():
+        if (made[name].parent / "result.json").exists():
+            (folder / copy).parent.mkdir(exist_ok=True)
+            shutil.copyfile(made[name] / file, folder / copy)
 
 
 def main(argv: list[str] | None = None) -> None:
