@@ -48,7 +48,6 @@ WHOLE_CHAIN = {  # what sd_demo.py does to the emoji model by default
 NO_LIMIT = {"max_kl": 1e9}  # but the KL is logged
 EQ14 = {
     "loss": "eq14",
-    "update_every": "timestep",
     "batch_size": 4,
     "lr": 1.5e-3,
     "warm_up": 1,

@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from sd import bench
 from sd.bench import CHAIN, RESULTS, Job, size_change
 from sd.files import LORA_FILE
+from sd.options import as_flags
 from sd.scorers import compressibility, incompressibility
 from toy.emoji_sd import classifier
 
@@ -68,11 +69,6 @@ def measure(job: Job, folder: Path) -> dict:
     }
 
 
-def command(settings: dict) -> str:
-    words = [f"--{name.replace('_', '-')} {value}" for name, value in settings.items()]
-    return " ".join(["python sd_demo.py", *words])
-
-
 def row_of(run: dict) -> dict:
     initial, tuned = run["judged"]
     low, high = tuned["win_rate_interval"]
@@ -90,7 +86,7 @@ def section(runs: list[dict]) -> str:
     """All runs in Markdown, and their commands."""
     if not runs:
         return "\nNot measured yet.\n\n"
-    commands = [f"- {run['name']}: `{command(run['settings'])}`" for run in runs]
+    commands = [f"- {run['name']}: `sd_demo.py {as_flags(run['settings'])}`" for run in runs]
     return "\n".join(["", bench.table([row_of(run) for run in runs]), *commands, "", ""])
 
 

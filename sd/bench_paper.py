@@ -185,7 +185,7 @@ def rows_per_image(settings: dict) -> float:
     without gradient; and the pass with gradient, which for SFT is of the winners alone. The passes
     of the evaluation, and those that are for the log alone, are not counted.
     """
-    args = options.make_settings(**{"objective": "compressibility", **settings})
+    args = options.make_settings(**{"objective": "compressibility", "device": "cpu", **settings})
     T, K, steps = args.num_steps, args.images_per_prompt, args.num_steps - args.skip_last
     own_pass = steps if args.beta else 0
     reference = {"eq14": T, "chain": T, "dpok": own_pass, "sft": own_pass}.get(args.loss, 0)
