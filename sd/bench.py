@@ -239,9 +239,9 @@ def absolute_path(text: str) -> Path:
 
 
 def add_runner_flags(parser: argparse.ArgumentParser, name: str) -> None:
-    work, count = files.ROOT / "runs" / name, options.positive(int)
+    work = files.ROOT / "runs" / name
     parser.add_argument("--work", type=absolute_path, default=work, help="folder of the runs")
-    parser.add_argument("--processes", type=count, default=2, help="runs at a time, one core each")
+    parser.add_argument("--processes", type=int, default=2, help="runs at a time, one core each")
     redraw = "run nothing; write page and figures anew from the stored numbers"
     parser.add_argument("--redraw", action="store_true", help=redraw)
 

@@ -542,8 +542,7 @@ def write(results: dict, out: Path) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     parser = make_parser("sd.bench_cost", __doc__.splitlines()[0])
-    positive = options.positive(int)
-    parser.add_argument("--rounds", type=positive, default=7, help="timed rounds of each race")
+    parser.add_argument("--rounds", type=int, default=7, help="timed rounds of each race")
     parser.add_argument("--out", type=Path, default=RESULTS / "cost.json", help="a JSON file")
     args, machine, cuda = parser.parse_args(argv), machine_name(), torch.cuda.is_available()
     for library in (diffusers, transformers):

@@ -316,7 +316,7 @@ def main(argv: list[str] | None = None) -> None:
     trial = "cpu: small networks and short runs, a trial of this script"
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"], help=trial)
     minutes = "the most that it takes"
-    parser.add_argument("--minutes", type=options.positive(float), default=9, help=minutes)
+    parser.add_argument("--minutes", type=float, default=9, help=minutes)
     parser.add_argument("--out", type=Path, default=PAGE, help="a page; of a GPU only")
     args = parser.parse_args(argv)
     if not options.device_available(args.device):

@@ -241,7 +241,7 @@ def quality_table(name: str, runs: dict[str, list[dict]]) -> str:
         row |= quality(runs[method], prompts)
         rows.append(row | ({"preferred": choices[method]} if method in choices else {}))
     none = f"No fine-tuning is preferred in {choices['none']}.\n" if choices else ""
-    return f"\n{bench.table(rows)}\n{best(runs)}{none}"
+    return f"\n{bench.table(rows)}\n{best(runs) if len(panel.methods) > 2 else ''}{none}"
 
 
 def best(runs: dict[str, list[dict]]) -> str:
@@ -419,7 +419,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = bench.make_parser("sd.bench_paper", __doc__.splitlines()[0])
     parser.add_argument("--panels", nargs="+", choices=PANELS, default=[*PANELS], help="of these")
     seeds = "0, 1, ... of each"
-    parser.add_argument("--seeds", type=options.positive(int), default=SEEDS, help=seeds)
+    parser.add_argument("--seeds", type=int, default=SEEDS, help=seeds)
     parser.add_argument("--quick", action="store_true", help="a look: one seed, few images")
     bench.add_runner_flags(parser, "bench_paper")
     args = parser.parse_args(argv)

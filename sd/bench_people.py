@@ -23,7 +23,7 @@ from PIL import Image
 from torch import Tensor
 
 import sd_demo
-from sd import bench, files, options
+from sd import bench, files
 from sd.bench import CHAIN, RESULTS, Job
 from sd.files import LORA_FILE
 from sd.labels import Label
@@ -315,7 +315,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--tastes", nargs="+", choices=TASTES, default=[*TASTES], help="who")
     parser.add_argument("--recipes", nargs="+", choices=recipes, default=recipes, help="how")
     seeds = "0, 1, ... of each"
-    parser.add_argument("--seeds", type=options.positive(int), default=SEEDS, help=seeds)
+    parser.add_argument("--seeds", type=int, default=SEEDS, help=seeds)
     bench.add_runner_flags(parser, "bench_people")
     args = parser.parse_args(argv)
     jobs = make_jobs(args.tastes, args.recipes, args.seeds)

@@ -82,6 +82,13 @@ def test_a_person_prefers_as_eq_3_says():
     assert shares["none"].startswith(f"{1 - share:.1%}")
 
 
+def test_bad_images_have_a_row_for_each_number_of_clicks():
+    runs = {CHAIN: [result({}, {"score": score, "after": 16}) for score in (0.1, 0.3)]}
+    *_, last = bench_paper.tags_table(runs).strip().splitlines()
+    assert last == f"| {CHAIN} | 2 | 16 | 112 | 20.0% | 30.0% | 100.0% |"
+    assert "Not measured yet" in bench_paper.tags_table({CHAIN: []})
+
+
 def test_the_unseen_animals_are_a_fifth_of_the_45_and_no_others():
     seen, unseen = (prompts.load_prompts(name) for name in (bench_paper.SEEN, bench_paper.UNSEEN))
     animals = prompts.load_prompts("animals")
@@ -142,20 +149,16 @@ def test_the_committed_page_has_the_committed_numbers():
 @pytest.mark.slow
 def test_a_run_is_judged_and_stands_on_the_page(tmp_path, monkeypatch, no_figures):
     monkeypatch.setitem(bench_paper.QUICK, "lora_rank", 4)
-    jobs = make_jobs(["alignment", "tags", "unseen animals"], 1, quick=True)
-    chosen = [("alignment", "Reward Weighted"), ("tags", CHAIN), ("unseen animals", CHAIN)]
-    runs = []
-    for job in jobs:
+    chosen, runs = [("alignment", "Reward Weighted"), ("unseen animals", CHAIN)], []
+    for job in make_jobs(["alignment", "unseen animals"], 1, quick=True):
         if (job.key["panel"], job.key["method"]) in chosen:
             run = bench_paper.measure(job, tmp_path / job.name, quick=True)
             panel = PANELS[job.key["panel"]]
-            names = [Path(name).stem for name in panel.prompts]
-            times = 6 if job.key["panel"] == "tags" else 2
-            assert [row["prompts"] for row in run["judged"]] == [
-                n for n in names for _ in range(times)
-            ]
+            names = [Path(name).stem for name in panel.prompts for _ in range(2)]
+            assert [row["prompts"] for row in run["judged"]] == names
+            assert all(("each" in row) == panel.compared for row in run["judged"])
             assert run["judged"][0]["kl"] == 0 != run["judged"][-1]["kl"]
             runs.append({**run, **job.key})
     page = bench_paper.page(runs)
-    for _, method in chosen:
-        assert f"| {method} |" in page
+    assert "| Reward Weighted | 1 | 32 |" in page
+    assert all(f"| {CHAIN} | {name} | 1 | 32 |" in page for name in ("seen_36", "unseen_9"))
