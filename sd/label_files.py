@@ -31,7 +31,6 @@ import functools
 import math
 import os
 import textwrap
-from argparse import Namespace
 from collections import defaultdict
 from collections.abc import Hashable
 from pathlib import Path, PurePath
@@ -101,21 +100,6 @@ class Comparison(NamedTuple):
             return answers[0] if answers else []
         together = majority({"images": self.names, self.field: None}, answers)
         return [together, 0] if self.field == "h" else [not bad for bad in together]
-
-
-def epochs_of_pass(groups: int) -> int:
-    """Epochs in which so many groups are trained on once."""
-    return math.ceil(groups / EPOCH_GROUPS)
-
-
-def passes_over_given(args: Namespace) -> int:
-    """How often a run trains on all images of --labels."""
-    return args.passes if args.objective else args.epochs
-
-
-def epochs_given(args: Namespace) -> int:
-    """The epochs, the first ones, that sample nothing and train on the images of --labels."""
-    return passes_over_given(args) * epochs_of_pass(args.groups_given)
 
 
 def read_label_file(path: Path, images: Path | None = None) -> LabelFile:

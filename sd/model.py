@@ -9,7 +9,6 @@ At eta = 0 DDIM's step there is Euler's step, and log-ratios are those of the fl
 """
 
 import os
-from argparse import Namespace
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext, suppress
 from datetime import timedelta
@@ -30,6 +29,7 @@ from torch import Tensor, nn
 import d3po
 from sd import files
 from sd.files import LORA_FILE
+from sd.options import Settings
 from sd.pipeline import (
     NETWORKS,
     Conditioning,
@@ -208,12 +208,15 @@ class Model(NamedTuple):
         lora = load_file(file)
         self.load_lora({name.removeprefix(prefix): lora[name] for name in lora})
 
+    def release(self) -> None:
+        pass
+
     @property
     def latent_shape(self) -> tuple[int, ...]:
         return tuple(self.conditioning.latents.shape[1:])
 
 
-def make_levels(pipe: DiffusionPipeline, args: Namespace, prediction: str) -> tuple:
+def make_levels(pipe: DiffusionPipeline, args: Settings, prediction: str) -> tuple:
     """The schedule on the stock pipeline's own levels, and alpha-bar (N,) by model time."""
     if prediction == "flow":  # the sigmas of the recorded call have its shift
         sigmas = pipe.scheduler.sigmas.cpu().double().flip(0).clamp(MIN_SIGMA, MAX_SIGMA)
@@ -228,7 +231,7 @@ def make_levels(pipe: DiffusionPipeline, args: Namespace, prediction: str) -> tu
 
 
 def load_model(
-    args: Namespace,
+    args: Settings,
     prompts: list[str],
     accelerator: Accelerator,
     *,
@@ -339,7 +342,7 @@ def sample(
 
 
 def sample_held_out(
-    model: Model, denoiser: PipelinePolicy, args: Namespace, *, purpose: RandomPurpose
+    model: Model, denoiser: PipelinePolicy, args: Settings, *, purpose: RandomPurpose
 ) -> tuple[list[Image.Image], list[str], float | None]:
     """--eval-images images of the evaluation's prompts, in turn, and noises, whatever was trained.
 
@@ -361,7 +364,7 @@ def sample_held_out(
 
 
 def sample_stock(
-    model: Model, denoiser: PipelinePolicy, args: Namespace
+    model: Model, denoiser: PipelinePolicy, args: Settings
 ) -> tuple[list[Image.Image], list[str]]:
     """Images as `pipe(prompt)` draws them: its own scheduler, steps and guidance.
 

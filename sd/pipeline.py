@@ -36,9 +36,9 @@ NETWORKS = {  # of what can be trained; pipelines alike may call their network t
 }
 # Flags by pipeline class, and where they are from; beside Stable Diffusion none is measured here
 PRESETS = {
-    "StableDiffusionXLPipeline": ("--guidance-scale 5", "the stock pipeline"),
-    "StableDiffusion3Pipeline": ("--guidance-scale 4.5", "flow_grpo, which trains at 512x512"),
-    "FluxPipeline": ("--guidance-scale 3.5", "the stock pipeline; flow_grpo trains at 512x512"),
+    "StableDiffusionXLPipeline": {"guidance_scale": 5.0},
+    "StableDiffusion3Pipeline": {"guidance_scale": 4.5},
+    "FluxPipeline": {"guidance_scale": 3.5},
 }
 # Samplers of one and the same process, x_t = sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) eps
 SCHEDULERS = """

@@ -121,11 +121,11 @@ def format_value(value) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def ending(args: Namespace) -> str:
+def ending(folder: Path, epochs: int, objective: str | None) -> str:
     """Where a run left its LoRA, and what can be done with it."""
-    objective = "" if args.objective else " --objective OBJECTIVE"
+    more = "" if objective else " --objective OBJECTIVE"
     return (
-        f"The LoRA: {args.out / 'lora'}\nThe report: {args.out / 'report.html'}\n"
-        f"Evaluate: python sd_demo.py --evaluate {args.out}{objective}\n"
-        f"Go on: python sd_demo.py --resume {args.out} --epochs {2 * args.epochs}"
+        f"The LoRA: {folder / 'lora'}\nThe report: {folder / 'report.html'}\n"
+        f"Evaluate: python sd_demo.py --evaluate {folder}{more}\n"
+        f"Go on: python sd_demo.py --resume {folder} --epochs {2 * epochs}"
     )

@@ -24,19 +24,13 @@ Scorer = Callable[
     [list[Image.Image], list[str]], Sequence[float]
 ]  # images, prompts -> a number each
 
-CLIP = "openai/clip-vit-large-patch14"
-AESTHETIC_HEAD = (
-    "https://github.com/christophschuhmann/improved-aesthetic-predictor/raw/main/"
-    "sac+logos+ava1-l14-linearMSE.pth"
-)
-
 
 def load_scorers(
     objective: str,
     prompts: list[str],
     *,
-    clip: str = CLIP,
-    head: str = AESTHETIC_HEAD,
+    clip: str,
+    head: str,
     device="cpu",
 ) -> list[Scorer]:
     """The scorers that an --objective names, several with commas between: NAME or FILE.py:FUNCTION.
@@ -298,3 +292,11 @@ def load_head(file: str, width: int) -> nn.Sequential:
             f"the aesthetic head {file} does not go from CLIP's {width} numbers to one"
         )
     return layers.requires_grad_(False)
+
+
+def score_images(
+    scorers: list[Scorer], images: list[Image.Image], prompts: list[str]
+) -> torch.Tensor:
+    """(S, N), float64: scores as the S scorers gave them; NaN where they gave none."""
+    rows = [torch.tensor(score(images, prompts), dtype=torch.float64) for score in scorers]
+    return torch.stack(rows) if rows else torch.empty(0, len(images))
