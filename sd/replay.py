@@ -16,12 +16,12 @@ from typing import NamedTuple
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
 import d3po
-from sd import UserError, files
+from sd import files
+from sd.images import open_image
 from sd.label_files import EPOCH_GROUPS, epochs_of_pass, read_label_file
 from sd.pipeline import Conditioning, decode, encode
 from sd.seeds import RandomPurpose, seeded_generator
@@ -211,11 +211,3 @@ class Given:
             x_0 = encode(pipe, opened, names=[str(file) for file in images]).cpu()
             groups.append(Group(prompt, x_0, None, torch.tensor(pairs)))
         return groups
-
-
-def open_image(file: Path, size: tuple[int, int]) -> Image.Image:
-    try:
-        with Image.open(file) as image:
-            return ImageOps.fit(ImageOps.exif_transpose(image).convert("RGB"), size)
-    except Exception as error:  # Pillow's decoders raise many kinds
-        raise UserError(f"{file} is no image that can be read ({error}): take it out") from error
