@@ -451,13 +451,15 @@ def absolute(name: str, value: Any) -> Any:
 
 def presets(typed: dict) -> dict:
     """What the model, the source of labels, the recipe and the loss set, in this order."""
-    from sd.pipeline import PRESETS, pipeline_name
+    from sd.families import PRESETS, pipeline_name  # torch is slow, and --help needs none
 
     model = typed.get("model")
     if model is None:
         cuda = device_available("cuda") and typed.get("device", "auto") in ("auto", "cuda")
         model = SD15 if cuda else str(EMOJI)
-    kind = None if model == SD15 else pipeline_name(model)  # the default asks no hub
+    kind = type(model).__name__
+    if isinstance(model, str):
+        kind = None if model == SD15 else pipeline_name(model)  # the default asks no hub
     settings = {"model": model, **PRESETS.get(kind, {})}
     if is_emoji := isinstance(model, str) and os.path.exists(model) and EMOJI.samefile(model):
         settings |= EMOJI_PRESETS

@@ -97,7 +97,10 @@ def load(args: Settings) -> Setup:
 
 def read_prompts(prompts: str | list | None, flag: str) -> list[str]:
     """Prompts that were handed in as a list, or those of a file or of App. C; none for None."""
-    return load_prompts(prompts, flag) if isinstance(prompts, str) else prompts or []
+    try:
+        return load_prompts(prompts, flag) if isinstance(prompts, str) else prompts or []
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
 
 def is_shown(args: Settings, accelerator: Accelerator) -> bool:
@@ -111,10 +114,14 @@ def read_label_groups(args: Settings, accelerator: Accelerator) -> list:
     folder = args.resume or args.evaluate
     if folder and (groups := load_groups(folder / "latents", 0)):
         return groups
-    images = Path(args.images) if args.images else None
-    label_file = label_files.read_label_file(Path(args.labels), images)
+    label_file = read_labels(args)
     accelerator.print(label_file.describe())
     return label_file.groups
+
+
+def read_labels(args: Settings, cache: Path | None = None) -> label_files.LabelFile:
+    images = Path(args.images) if args.images else None
+    return label_files.read_label_file(Path(args.labels), images, cache)
 
 
 def check_batches(args: Settings, processes: int) -> None:
@@ -651,6 +658,8 @@ def start(run: Run, setup: Setup) -> None:
     """Load the labelled images, drop what a kill cut short, and look at the initial model."""
     groups = setup.label_groups if run.is_main else []
     if groups and not isinstance(groups[0], LatentGroup):
+        if ".parquet" in Path(run.args.labels).suffixes:  # its images go into the run's folder
+            groups = read_labels(run.args, cache=run.folder / "label_images").groups
         groups = encode_groups(groups, run.model.conditioning)
     run.replay.load(run.epochs_done, groups)
     if run.is_main:
