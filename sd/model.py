@@ -346,6 +346,21 @@ class Batch(NamedTuple):
         K = self.images_per_prompt
         return [range(first, first + K) for first in range(0, len(self.images), K)]
 
+    def split(self, groups: int) -> list["Batch"]:
+        """Batches of so many groups."""
+        size = groups * self.images_per_prompt
+        x, log_prob = (tensor.split(size, 1) for tensor in self.trajectory)
+        return [
+            self._replace(
+                trajectory=d3po.Trajectory(x[n], log_prob[n]),
+                cond=cond,
+                prompts=self.prompts[n * size :][:size],
+                images=self.images[n * size :][:size],
+                files=self.files[n * size :][:size],
+            )
+            for n, cond in enumerate(self.cond.split(size))
+        ]
+
 
 def sample(
     model: Model,
@@ -353,27 +368,38 @@ def sample(
     prompts: Tensor,
     *,
     images_per_prompt: int,
-    generator: torch.Generator | list[torch.Generator],
+    generators: list[torch.Generator],
     trajectory: d3po.Trajectory | None = None,
 ) -> Batch:
     """K images from one x_T for each of the prompts, given by number (N,).   Alg. 1 lines 4-11.
 
-    generator: of the batch; or, with K = 1, one for each image, whatever batch it is in.
+    generators: one for each of the N K images, so that noise belongs to the image, whatever others
+    are sampled with it; the first one of a group draws x_T too.
     trajectory: of these images, where they were sampled before.
     Raises UserError where an image is not finite.
     """
-    device = model.network.device
-    cond = prompts.repeat_interleave(images_per_prompt).to(device)
+    K, size, device = images_per_prompt, model.images_without_gradient, model.network.device
+    cond = prompts.repeat_interleave(K).to(device)
     if trajectory is None:
-        if isinstance(generator, list):
-            x_T = torch.stack([torch.randn(model.latent_shape, generator=g) for g in generator])
-        else:
-            x_T = torch.randn(len(prompts), *model.latent_shape, generator=generator)
-        x_T = x_T.repeat_interleave(images_per_prompt, 0).to(device)
-        trajectory = d3po.rollout(denoiser, model.schedule, x_T, cond, generator)
-    texts = [model.conditioning.prompts[number] for number in cond.tolist()]
-    images = decode(model.pipe, trajectory.x[-1], model.conditioning, names=texts)
+        x_T = torch.stack([torch.randn(model.latent_shape, generator=g) for g in generators[::K]])
+        x_T = x_T.repeat_interleave(K, 0).to(device)
+        parts = [
+            d3po.rollout(denoiser, model.schedule, x, numbers, generators[start : start + size])
+            for start, x, numbers in zip(
+                range(0, len(cond), size), x_T.split(size), cond.split(size), strict=True
+            )
+        ]
+        trajectory = join_chains(parts)
+    texts, images = [model.conditioning.prompts[number] for number in cond.tolist()], []
+    for start, x_0 in zip(range(0, len(texts), size), trajectory.x[-1].split(size), strict=True):
+        names = texts[start : start + size]
+        images += decode(model.pipe, x_0, model.conditioning, names=names)
     return Batch(trajectory, cond, texts, images, images_per_prompt)
+
+
+def join_chains(parts: list[d3po.Trajectory]) -> d3po.Trajectory:
+    """The chains of several batches as one."""
+    return d3po.Trajectory(*(torch.cat(tensors, 1) for tensors in zip(*parts, strict=True)))
 
 
 def sample_held_out(
@@ -384,17 +410,13 @@ def sample_held_out(
     Noise belongs to the image: number n has the same, however many are sampled together. Returns
     images, prompts, and with --max-kl the KL to the initial model in the steps trained.
     """
-    images, prompts, log_ratios = [], [], []
-    for part in torch.arange(args.eval_images).split(model.images_without_gradient):
-        numbers = model.eval_prompts[part % len(model.eval_prompts)]
-        noises = [seeded_generator(args.seed, purpose, n) for n in part.tolist()]
-        batch = sample(model, denoiser, numbers, images_per_prompt=1, generator=noises)
-        images += batch.images
-        prompts += batch.prompts
-        if args.max_kl and not denoiser.reference:
-            log_ratio = batch.trajectory.log_prob - model.log_prob(model.reference, batch)
-            log_ratios.append(log_ratio[: args.num_steps - args.skip_last].sum(0))
-    return images, prompts, torch.cat(log_ratios).mean().item() if log_ratios else None
+    numbers = model.eval_prompts[torch.arange(args.eval_images) % len(model.eval_prompts)]
+    noises = [seeded_generator(args.seed, purpose, n) for n in range(args.eval_images)]
+    batch = sample(model, denoiser, numbers, images_per_prompt=1, generators=noises)
+    if not args.max_kl or denoiser.reference:
+        return batch.images, batch.prompts, None
+    log_ratio = batch.trajectory.log_prob - model.log_prob(model.reference, batch)
+    return batch.images, batch.prompts, log_ratio[: args.trained_steps].sum(0).mean().item()
 
 
 def sample_stock(

@@ -249,23 +249,27 @@ class Run:
     def sample(self, epoch: int) -> list[Batch]:
         """This process's batches of an epoch: groups of K images from one prompt and one x_T."""
         args, accelerator, model = self.args, self.accelerator, self.model
+        size, K, N = args.batch_size, args.images_per_prompt, args.prompts_per_epoch
         random = seeded_generator(args.seed, RandomPurpose.PROMPTS, epoch)
-        prompts = torch.randint(len(model.prompts), (args.prompts_per_epoch,), generator=random)
-        size, K, batches = args.batch_size, args.images_per_prompt, []
-        own_first = accelerator.process_index * size
-        for first in range(own_first, len(prompts), accelerator.num_processes * size):
-            kept = self.replay.kept_batch(epoch, first)
-            batch = sample(
-                model,
-                model.sampler,
-                prompts[first : first + size],
-                images_per_prompt=K,
-                generator=seeded_generator(args.seed, RandomPurpose.TRAINING, epoch, first),
-                trajectory=kept,
-            )
-            if kept is None:
-                self.replay.keep_batch(epoch, first, batch.trajectory)
-            batches.append(batch._replace(files=image_files(epoch, range(first, first + size), K)))
+        prompts = torch.randint(len(model.prompts), (N,), generator=random)
+        firsts = range(accelerator.process_index * size, N, accelerator.num_processes * size)
+        groups = [group for first in firsts for group in range(first, first + size)]
+        training = RandomPurpose.TRAINING
+        batch = sample(
+            model,
+            model.sampler,
+            prompts[groups],
+            images_per_prompt=K,
+            generators=[
+                seeded_generator(args.seed, training, epoch, group, k)
+                for group in groups
+                for k in range(K)
+            ],
+            trajectory=self.replay.kept_trajectory(epoch, firsts),
+        )
+        batches = batch._replace(files=image_files(epoch, groups, K)).split(size)
+        for first, of_first in zip(firsts, batches, strict=True):
+            self.replay.keep_batch(epoch, first, of_first.trajectory)
         self.seconds_sample = time.perf_counter() - self.started
         return batches
 
@@ -553,7 +557,7 @@ def describe_stop(args: Settings, epoch: int, folder: Path) -> str:
     return f"The KL is above --max-kl {args.max_kl:g}: the run stops and keeps {kept}. On: {again}"
 
 
-def image_files(epoch: int, groups: range, images_per_prompt: int) -> list[str]:
+def image_files(epoch: int, groups: list[int], images_per_prompt: int) -> list[str]:
     """Names of the images of an epoch's groups, given by number."""
     return [
         f"images/e{epoch:03}_p{group:02}_k{k}.png"
