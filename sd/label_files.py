@@ -157,7 +157,8 @@ def read_label_file(path: Path, images: Path | None = None, cache: Path | None =
     except ValueError as error:
         raise UserError(str(error)) from error
     if not votes:
-        raise UserError(f"{path}: there are no rows; sd/label_files.py says what they look like")
+        kind = "images in w/ and l/" if is_folder else "rows"
+        raise UserError(f"{path}: there are no {kind}; sd/label_files.py says what is read")
 
     preferences = [(where, vote) for where, vote in votes if vote.is_preference()]
     skipped = sum(vote.quality is None for _, vote in votes)
@@ -248,7 +249,7 @@ def collect_votes(rows: tables.Rows, store: ImageStore) -> tuple[list[tuple[str,
     """
     votes: dict[Hashable, tuple[str, Vote]] = {}
     corrections = 0
-    for where, row in rows:
+    for where, row in tqdm(rows, "read labels", unit=" rows", delay=2):
         try:
             for vote in parse_row(row):
                 vote = store_images(vote, where, store)

@@ -850,7 +850,7 @@ def test_a_file_with_a_flaw(folder, name, content, expected):
 def test_a_file_that_is_not_there(tmp_path):
     with pytest.raises(UserError, match="none.jsonl: the file cannot be read .*No such file"):
         read_label_file(tmp_path / "none.jsonl")
-    with pytest.raises(UserError, match="there are no rows"):
+    with pytest.raises(UserError, match="there are no images in w/ and l/"):
         read_label_file(tmp_path)
 
 
