@@ -144,7 +144,7 @@ def test_card_and_page_begin_with_the_result_and_ask_nothing_of_the_network(make
     report.write(out, 2, f"pipe.load_lora_weights({str(out / 'lora')!r})")
     card, page = ((out / name).read_text() for name in ("README.md", "report.html"))
     title, result = card.split("\n\n")[:2]
-    assert title == "# emoji_sd, tuned by D3PO on compressibility"
+    assert title == "# emoji_sd, tuned by D3PO on labels by compressibility"
     assert result.split("\n") == report.result_sentences(out)
     assert "pipe.load_lora_weights('lora')" in card and str(out) not in card
     assert re.findall(r"!\[.*?\]\((.*?)\)", card) == ["reward_curve.png", "evaluation.png"]
