@@ -23,7 +23,6 @@ from diffusers import (
     DDIMScheduler,
     DiffusionPipeline,
     SchedulerMixin,
-    StableDiffusionXLPipeline,
 )
 from diffusers.training_utils import cast_training_params
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
@@ -70,15 +69,23 @@ def lora_off(network: nn.Module):
 def make_accelerator(precision: str, device: str = "auto") -> Accelerator:
     """On this device, by default the best one that there is.
 
-    Raises UserError where a launcher started processes that would not find each other: each would
-    take itself for the only one.
+    Settings of accelerate's own that would change the training do not count. Raises UserError for
+    a launcher that shards the model, or whose processes would not find each other: each would take
+    itself for the only one.
     """
-    handlers = [
-        AutocastKwargs(enabled=False),  # the LoRA's layers cast for themselves
-        InitProcessGroupKwargs(timeout=timedelta(days=30)),  # people take their time
-    ]
-    mixed = "fp16" if precision == "fp16" else "no"
-    accelerator = Accelerator(cpu=device == "cpu", mixed_precision=mixed, kwargs_handlers=handlers)
+    accelerator = Accelerator(
+        cpu=device == "cpu",
+        mixed_precision="fp16" if precision == "fp16" else "no",
+        dynamo_backend="no",
+        kwargs_handlers=[
+            AutocastKwargs(enabled=False),  # the LoRA's layers cast for themselves
+            InitProcessGroupKwargs(timeout=timedelta(days=30)),  # people take their time
+        ],
+    )
+    accelerator.gradient_accumulation_steps = 1
+    kind = accelerator.distributed_type.value
+    if kind != "NO" and not kind.startswith("MULTI_"):
+        raise UserError(f"accelerate is set up for {kind}: launch with --multi_gpu instead")
     for name in WORLD_SIZES:
         size = os.environ.get(name, "1")
         if size not in ("1", str(accelerator.num_processes)):
@@ -291,9 +298,6 @@ def load_model(
     pipe.set_progress_bar_config(disable=True)
     with suppress(NotImplementedError):  # not all can
         pipe.vae.enable_slicing()
-    overflows = pipe.vae.dtype == torch.float16 and pipe.vae.config.force_upcast
-    if isinstance(pipe, StableDiffusionXLPipeline) and overflows:
-        pipe.vae.float()  # as the stock pipeline does
     call = {"num_inference_steps": args.num_steps, "guidance_scale": args.guidance_scale}
     size = {"height": args.height, "width": args.width}
     numbered = numbered or prompts
@@ -315,12 +319,14 @@ def load_model(
         prediction=prediction,
         on_call=on_call,
     )
+    wrapped = accelerator.prepare(network)
+    vars(network).pop("forward", None)  # accelerate's, whose output is float32, unlike stock's
     return Model(
         pipe=pipe,
         stock_scheduler=stock_scheduler,
         network=network,
         conditioning=conditioning,
-        policy=as_policy(accelerator.prepare(network)),
+        policy=as_policy(wrapped),
         sampler=as_policy(network),
         reference=as_policy(network, reference=True),
         schedule=schedule,
