@@ -289,7 +289,8 @@ class Settings(*reversed(GROUPS)):
 
 
 FLAGS = {option.name: option for group in GROUPS for option in fields(group)}
-SAVED = set(FLAGS) - {"resume", "evaluate", "dry_run", "port", "device"} | {"command"}
+SAVED = set(FLAGS) - {"resume", "evaluate", "dry_run", "port", "device"} | {"labeller", "command"}
+PATHS = {"out", "resume", "evaluate"}
 ON_RESUME = {"epochs", "max_kl", "question"}  # what --resume may change
 FROM_PYTHON = {"objective", "watch", "model", "labeller"}  # may be an object, which has no JSON
 
@@ -395,10 +396,9 @@ def make_settings(**typed) -> Settings:
     if unknown:
         raise UserError(f"{', '.join(sorted(unknown))}: there is no such flag (see --help)")
     call = ", ".join(f"{name}={describe(value)!r}" for name, value in typed.items())
-    for name in {"out", "resume", "evaluate"} & typed.keys():
-        typed[name] = typed[name] and Path(typed[name])
-    for name in {"labels", "images", "init_lora"} & typed.keys():
-        typed[name] = typed[name] and str(typed[name])
+    for name, value in typed.items():
+        if isinstance(value, str | Path):
+            typed[name] = Path(value) if name in PATHS else str(value)
     return complete(typed, f"sd_demo.run({call})")
 
 
@@ -470,10 +470,11 @@ def saved_settings(folder: Path, typed: dict) -> dict:
         if describe(typed[name]) != saved[name]:
             remedy = f"{folder} was started with {flag_of(name)} {saved[name]}"
             raise UserError(f"{remedy}: give the same, or a new run")
+    needed = FROM_PYTHON if typed.get("resume") else FROM_PYTHON - {"labeller"}
     missing = [
         f"{name}={saved[name][1:-1]}"
-        for name in sorted(FROM_PYTHON - typed.keys())
-        if str(saved.get(name)).startswith("<")
+        for name in sorted(needed - typed.keys())
+        if str(saved[name]).startswith("<")
     ]
     if missing:
         again = f"sd_demo.run({'resume' if typed.get('resume') else 'evaluate'}={str(folder)!r}"

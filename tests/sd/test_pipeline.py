@@ -201,7 +201,7 @@ def test_a_loaded_pipeline_trains_twice_and_comes_back_as_it_was(family, folder_
 
     before, log_probs = draw(), []
     for _ in range(2):
-        loaded = load(folder, family, "--gradient-checkpointing", pipe=pipe)
+        loaded = load(folder, family, "--gradient-checkpointing", model=pipe)
         batch = loaded.sample((0,), 2)
         log_probs.append(loaded.log_prob(batch))
         loaded.update(batch, [[0, 1]])
