@@ -451,13 +451,15 @@ def absolute(name: str, value: Any) -> Any:
 
 def presets(typed: dict) -> dict:
     """What the model, the source of labels, the recipe and the loss set, in this order."""
-    from sd.pipeline import PRESETS, pipeline_name
+    from sd.families import PRESETS, pipeline_name  # torch is slow, and --help needs none
 
     model = typed.get("model")
     if model is None:
         cuda = device_available("cuda") and typed.get("device", "auto") in ("auto", "cuda")
         model = SD15 if cuda else str(EMOJI)
-    kind = None if model == SD15 else pipeline_name(model)  # the default asks no hub
+    kind = type(model).__name__
+    if isinstance(model, str):
+        kind = None if model == SD15 else pipeline_name(model)  # the default asks no hub
     settings = {"model": model, **PRESETS.get(kind, {})}
     if is_emoji := isinstance(model, str) and os.path.exists(model) and EMOJI.samefile(model):
         settings |= EMOJI_PRESETS
@@ -519,83 +521,59 @@ def check(args: Settings) -> None:
             if not (0 < value < math.inf or value == 0 and option.metadata.get("zero")):
                 least = "0 or more" if option.metadata.get("zero") else "more than 0"
                 raise UserError(f"{flag_of(name)} {value}: give a number, {least}")
-    for wrong, message in problems(args):
+    for message, wrong in problems(args).items():
         if wrong:
             raise UserError(message)
 
 
-def problems(args: Settings) -> list[tuple[bool, str]]:
-    """Whether something is wrong, and the sentence that says so."""
-    new_run = not args.resume and not args.evaluate
-    redrawn = args.labels or args.replay
+def problems(args: Settings) -> dict[str, bool]:
+    """Sentences about settings that clash, and whether they do."""
+    new_run, K, T = not args.resume and not args.evaluate, args.images_per_prompt, args.num_steps
+    loss, redrawn = f"--loss {args.loss}", args.labels or args.replay
+    of_initial = args.reference == "initial"
     cuda = args.device in ("auto", "cuda") and device_available("cuda")
-    return [
-        (
-            not args.objective and not args.labels,
-            "say what to learn: --objective compressibility, for example, or --labels FILE",
+    return {
+        "say what to learn: --objective compressibility, for example, or --labels FILE": (
+            not args.objective and not args.labels
         ),
-        (
-            args.images and not args.labels,
-            "--images is the folder of the images of --labels: give that too",
+        "--images is the folder of the images of --labels: give that too": (
+            args.images and not args.labels
         ),
-        (
-            args.evaluate and not args.objective,
-            "--evaluate compares by an objective: give --objective too",
+        "--evaluate compares by an objective: give --objective too": (
+            args.evaluate and not args.objective
         ),
-        (
-            args.prompts is None and not args.labels,
-            "--prompts: give animals, hand, unsafe or a file",
+        "--prompts: give animals, hand, unsafe or a file": not args.prompts and not args.labels,
+        "--height and --width: give both, or none": bool(args.height) != bool(args.width),
+        "--labels and --replay draw trajectories anew, which nobody sampled: they need "
+        "--reference initial": redrawn and not of_initial,
+        f"--images-per-prompt {K}: a preference needs 2 or more": K < 2,
+        f"--skip-last {args.skip_last}: some of the --num-steps {T} must be left": (
+            args.skip_last >= T
         ),
-        (bool(args.height) != bool(args.width), "--height and --width: give both, or none"),
-        (
-            args.reference == "previous" and redrawn,
-            "--labels and --replay draw trajectories anew, which nobody sampled: they need "
-            "--reference initial",
+        "--loss chain has one loss for a chain: give no --update-every timestep": (
+            args.loss == "chain" and args.update_every == "timestep"
         ),
-        (
-            args.images_per_prompt < 2,
-            f"--images-per-prompt {args.images_per_prompt}: a preference needs 2 or more",
+        f"--clip {args.clip}: give a number below 1": (args.clip or 0) >= 1,
+        f"{loss} clamps no ratio: give no --clip": (
+            args.clip and args.loss not in ("eq14", "eq12", "ddpo")
         ),
-        (
-            args.skip_last >= args.num_steps,
-            f"--skip-last {args.skip_last}: some of the --num-steps {args.num_steps} must be left",
+        f"{loss} needs a --beta above 0": args.beta == 0 and args.loss != "sft",
+        f"{loss} learns from one score of each new image: give one scorer as --objective, no "
+        "--labels and no --replay": args.loss in SCORED and not (args.evaluate or scores_all(args)),
+        f"{loss} has the initial model as reference: give --reference initial": (
+            args.loss not in OF_PAIRS and not of_initial
         ),
-        (
-            args.loss == "chain" and args.update_every == "timestep",
-            "--loss chain has one loss for a chain: give no --update-every timestep",
+        f"--device {args.device} is not on this machine: give another, or auto": (
+            not device_available(args.device)
         ),
-        ((args.clip or 0) >= 1, f"--clip {args.clip}: give a number below 1"),
-        (
-            args.clip and args.loss not in ("eq14", "eq12", "ddpo"),
-            f"--loss {args.loss} clamps no ratio: give no --clip",
+        "--precision fp16 needs a CUDA GPU: give fp32 or bf16": (
+            args.precision == "fp16" and not cuda
         ),
-        (
-            args.beta == 0 and args.loss != "sft",
-            f"--loss {args.loss} needs a --beta above 0",
+        f"--seed {args.seed}: give a number from 0 to 2^63 - 1": args.seed >= 2**63,
+        f"--out {args.out} exists: give a new folder, or --resume it": (
+            new_run and args.out and os.path.exists(args.out)
         ),
-        (
-            args.loss in SCORED and not args.evaluate and not scores_all(args),
-            f"--loss {args.loss} learns from one score of each new image: give one scorer as "
-            "--objective, no --labels and no --replay",
-        ),
-        (
-            args.reference == "previous" and args.loss not in OF_PAIRS,
-            f"--loss {args.loss} has the initial model as reference: give --reference initial",
-        ),
-        (
-            not device_available(args.device),
-            f"--device {args.device} is not on this machine: give another, or auto",
-        ),
-        (
-            args.precision == "fp16" and not cuda,
-            "--precision fp16 needs a CUDA GPU: give fp32 or bf16",
-        ),
-        (args.seed >= 2**63, f"--seed {args.seed}: give a number from 0 to 2^63 - 1"),
-        (
-            new_run and args.out and os.path.exists(args.out),
-            f"--out {args.out} exists: give a new folder, or --resume it",
-        ),
-    ]
+    }
 
 
 def scores_all(args: Settings) -> bool:

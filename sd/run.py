@@ -108,10 +108,14 @@ def read_label_groups(args: Settings, accelerator: Accelerator) -> list:
     folder = args.resume or args.evaluate
     if folder and (groups := load_groups(folder / "latents", 0)):
         return groups
-    images = Path(args.images) if args.images else None
-    label_file = label_files.read_label_file(Path(args.labels), images)
+    label_file = read_labels(args)
     accelerator.print(label_file.describe())
     return label_file.groups
+
+
+def read_labels(args: Settings, cache: Path | None = None) -> label_files.LabelFile:
+    images = Path(args.images) if args.images else None
+    return label_files.read_label_file(Path(args.labels), images, cache)
 
 
 def check_batches(args: Settings, processes: int) -> None:
@@ -648,6 +652,8 @@ def start(run: Run, setup: Setup) -> None:
     """Load the labelled images, drop what a kill cut short, and look at the initial model."""
     groups = setup.label_groups if run.is_main else []
     if groups and not isinstance(groups[0], LatentGroup):
+        if ".parquet" in Path(run.args.labels).suffixes:  # its images go into the run's folder
+            groups = read_labels(run.args, cache=run.folder / "label_images").groups
         groups = encode_groups(groups, run.model.conditioning)
     run.replay.load(run.epochs_done, groups)
     if run.is_main:

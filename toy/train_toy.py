@@ -11,6 +11,7 @@ score, and the losses of d3po.py train an adapter on the reference (align.py). T
 
 import argparse
 import itertools
+import json
 import math
 import platform
 import subprocess
@@ -31,7 +32,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this file is run
 import d3po
 from toy import ddpm, flow, optimum, plots
 from toy.align import PreferenceBatch, UpdateEvery, align, pair_loss
-from toy.files import append_lines, write_json, write_tensors
 from toy.measure import Measurement, measure, sample
 from toy.worlds import ALPHA_BARS, MIXTURES, SCORES, Mixture, exact_denoiser, sample_data
 
@@ -159,10 +159,20 @@ def open_run(args: argparse.Namespace) -> dict:
         },
         "git_revision": git_revision(),
     }
-    write_json(out / "config.json", config)
+    write_config(out, config)
     (out / "metrics.jsonl").write_text("")
     (out / "labels.jsonl").write_text("")
     return config
+
+
+def write_config(out: Path, config: dict) -> None:
+    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def append_lines(path: Path, rows: list[dict]) -> None:
+    """Append one JSON object a line."""
+    with path.open("a") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
 
 
 def git_revision() -> str | None:
@@ -178,14 +188,6 @@ def git_revision() -> str | None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    try:
-        run(argv)
-    except OSError as error:
-        file, reason = error.filename or "A file of the run", error.strerror or error
-        sys.exit(f"{file} cannot be written ({reason}): make room for it, and start again")
-
-
-def run(argv: list[str] | None) -> None:
     start = time.perf_counter()
     parser, args = parse(argv)
     out = args.out
@@ -218,8 +220,8 @@ def run(argv: list[str] | None) -> None:
         optimum.attained_share(best.j_ref, best)
     except ValueError as error:
         parser.error(str(error))
-    write_json(out / "config.json", config | {"optimum": best.numbers()})
-    write_tensors(out / "policy.pt", policy.state_dict())
+    write_config(out, config | {"optimum": best.numbers()})
+    torch.save(policy.state_dict(), out / "policy.pt")
 
     def measured(x: Tensor, x_ref: Tensor, denoiser: d3po.Denoiser) -> Measurement:
         return measure(
@@ -273,7 +275,7 @@ def run(argv: list[str] | None) -> None:
                 )
             append_lines(out / "metrics.jsonl", [row])
             append_lines(out / "labels.jsonl", label_rows(number, epoch.new))
-            write_tensors(out / "policy.pt", policy.state_dict())
+            torch.save(policy.state_dict(), out / "policy.pt")
             bar.set_postfix_str(
                 f"score {now.score:.2f}, KL {now.kl:.2f}, accuracy {epoch.accuracy:.0%}"
             )

@@ -42,8 +42,11 @@ def parse(folder: Path, flags: str = "") -> Namespace:
 class Loaded:
     """A model, ready to train, without a run folder."""
 
-    def __init__(self, folder: Path, flags: str = "", *, accelerator=None, prompts=PROMPTS):
+    def __init__(
+        self, folder: Path, flags: str = "", *, accelerator=None, prompts=PROMPTS, pipe=None
+    ):
         args = parse(folder, flags)
+        args.model = pipe or args.model
         accelerator = accelerator or Accelerator()
         self.model = model.load_model(args, prompts, accelerator)
         optimizer = torch.optim.AdamW(self.model.lora, args.lr, weight_decay=args.weight_decay)

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from sd_helpers import Loaded, make_pipeline
 from tiny_pipelines import make
 
+from sd import UserError
 from sd.pipeline import load_pipeline
 
 
@@ -43,7 +44,7 @@ def saved(folder, pipe=None, *, scheduler=None, **config):
     ],
 )
 def test_another_chain_is_refused_by_name(scheduler, config, sentence, tmp_path):
-    with pytest.raises(ValueError, match=sentence):
+    with pytest.raises(UserError, match=sentence):
         Loaded(saved(tmp_path, scheduler=scheduler, **config))
 
 
@@ -114,7 +115,7 @@ def test_a_folder_with_fp16_files_only(tmp_path):
 
 def test_weights_with_a_lora_inside_are_refused(tmp_path, tiny):
     Loaded(tiny).model.pipe.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="LoRA that is not fused.*--init-lora"):
+    with pytest.raises(UserError, match="saved with a LoRA that is not fused.*--init-lora"):
         load_pipeline(str(tmp_path), "fp32")
 
 
@@ -135,15 +136,17 @@ def test_a_run_begins_from_a_lora(tmp_path, tiny):
 def test_a_lora_of_another_model_is_refused(tmp_path, tiny):
     make("sd3").save_pretrained(tmp_path / "sd3")
     Loaded(tmp_path / "sd3").model.save_lora(tmp_path)
-    with pytest.raises(ValueError, match="--init-lora .* does not fit"):
+    with pytest.raises(UserError, match="--init-lora .* does not fit"):
         Loaded(tiny, f"--init-lora {tmp_path}")
 
 
 def test_other_pipelines_are_refused_by_name(tmp_path):
     parts = make_pipeline().components
-    StableDiffusionImg2ImgPipeline(**parts, requires_safety_checker=False).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="it is a StableDiffusionImg2ImgPipeline"):
-        load_pipeline(str(tmp_path), "fp32")
+    pipe = StableDiffusionImg2ImgPipeline(**parts, requires_safety_checker=False)
+    pipe.save_pretrained(tmp_path)
+    for model in (str(tmp_path), pipe):
+        with pytest.raises(UserError, match="it is a StableDiffusionImg2ImgPipeline, and this"):
+            load_pipeline(model, "fp32")
 
 
 @pytest.mark.parametrize(
@@ -155,7 +158,7 @@ def test_other_pipelines_are_refused_by_name(tmp_path):
 )
 def test_one_file_says_what_it_lacks(keys, sentence, tmp_path):
     save_file({key: torch.zeros(4, 4) for key in keys}, tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match=sentence):
+    with pytest.raises(UserError, match=sentence):
         load_pipeline(str(tmp_path / "model.safetensors"), "fp32")
 
 

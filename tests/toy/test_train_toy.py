@@ -1,6 +1,5 @@
 """The command line: what it refuses, what a run leaves behind, and when it stops."""
 
-import errno
 import json
 import math
 import subprocess
@@ -368,14 +367,3 @@ def test_an_epoch_whose_samples_are_not_finite_is_not_a_good_one(tmp_path):
     stopped(out, "--loss", "chain", "--lr", "1e15")
     for row in rows(out / "metrics.jsonl"):
         assert all(math.isfinite(value) for value in row.values())
-
-
-@pytest.mark.parametrize("function", ["write_tensors", "append_lines"])
-def test_a_disk_that_is_full_ends_the_run_in_a_sentence(function, tmp_path, monkeypatch):
-    def disk_full(path, *rest):
-        raise OSError(errno.ENOSPC, "No space left on device", str(path))
-
-    monkeypatch.setattr(train_toy, function, disk_full)
-    message = stopped(tmp_path / "run", "--epochs", "1")
-    assert "cannot be written (No space left on device): make room" in message
-    assert str(tmp_path / "run") in message
