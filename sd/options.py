@@ -305,6 +305,7 @@ class Settings(*reversed(GROUPS)):
 
 FLAGS = {option.name: option for group in GROUPS for option in fields(group)}
 SAVED = set(FLAGS) - {"resume", "evaluate", "dry_run", "port", "device"} | {"command"}
+PATHS = {"out", "resume", "evaluate"}
 ON_RESUME = {"epochs", "max_kl", "question"}  # what --resume may change
 FROM_PYTHON = {"objective", "watch", "model", "labeller"}  # may be an object, which has no JSON
 
@@ -413,10 +414,9 @@ def make_settings(**typed) -> Settings:
     if unknown:
         raise UserError(f"{', '.join(sorted(unknown))}: there is no such flag (see --help)")
     call = ", ".join(f"{name}={describe(value)!r}" for name, value in typed.items())
-    for name in {"out", "resume", "evaluate"} & typed.keys():
-        typed[name] = typed[name] and Path(typed[name])
-    for name in {"labels", "images", "init_lora"} & typed.keys():
-        typed[name] = typed[name] and str(typed[name])
+    for name, value in typed.items():
+        if isinstance(value, str | Path):
+            typed[name] = Path(value) if name in PATHS else str(value)
     return complete(typed, f"sd_demo.run({call})")
 
 

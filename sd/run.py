@@ -72,10 +72,8 @@ def load(args: Settings) -> Setup:
     bar = tqdm(unit=" passes", mininterval=0.5, delay=0.1, disable=not is_shown(args, accelerator))
     groups = read_label_groups(args, accelerator)
     of_labels = list(dict.fromkeys(group.prompt for group in groups))
-    prompts = of_labels if args.prompts is None else load_prompts(args.prompts)
-    eval_prompts = prompts
-    if args.eval_prompts:
-        eval_prompts = load_prompts(args.eval_prompts, "--eval-prompts")
+    prompts = read_prompts(args.prompts, "--prompts") or of_labels
+    eval_prompts = read_prompts(args.eval_prompts, "--eval-prompts") or prompts
     numbered = [*prompts, *sorted({*of_labels, *eval_prompts} - {*prompts})]
     model = load_model(
         args,
@@ -95,6 +93,11 @@ def load(args: Settings) -> Setup:
         raise UserError(f"--watch {args.watch}: give one scorer")
     evaluator = Evaluator(model, args, scorers, watch=watch)
     return Setup(args, accelerator, model, evaluator, numbered, groups, bar)
+
+
+def read_prompts(prompts: str | list | None, flag: str) -> list[str]:
+    """Prompts that were handed in as a list, or those of a file or of App. C; none for None."""
+    return load_prompts(prompts, flag) if isinstance(prompts, str) else prompts or []
 
 
 def is_shown(args: Settings, accelerator: Accelerator) -> bool:
