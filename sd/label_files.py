@@ -477,8 +477,3 @@ def merge(votes: list[tuple[str, list[Pair]]]) -> list[Group]:
         place = {image: k for k, image in enumerate(images)}
         result.append(Group(prompt, [*images], [(place[a], place[b]) for a, b in pairs]))
     return result
-
-
-def epochs_given(args: Namespace) -> int:
-    """The epochs, the first ones, that sample nothing and train on the images of --labels."""
-    return passes_over_given(args) * epochs_of_pass(args.groups_given)
