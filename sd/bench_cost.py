@@ -22,7 +22,6 @@ import platform
 import re
 import time
 import weakref
-from argparse import Namespace
 from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -43,24 +42,19 @@ from torch.utils import flop_counter
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import d3po
-import sd_demo
-from sd import files, model, options
-from sd.bench import make_parser, markdown_table, replace_section
-from sd.bench_models import ARCHITECTURES, CPU_ATTENTION, SD15, Architecture, random_models
-from sd.model import PipelinePolicy
-from sd.pipeline import NETWORKS
+from sd import files, options
+from sd.bench import RESULTS, make_parser, replace_section, table
+from sd.bench_models import ARCHITECTURES, CPU_ATTENTION, SD15, Architecture, build, without_data
+from sd.model import PipelinePolicy, load_model, make_accelerator
+from sd.pipeline import NETWORKS, load_pipeline
 from sd.prompts import load_prompts
-from sd.replay import LabelledBatch
 
-RESULTS = files.ROOT / "sd" / "results"
 MARK = "<!-- python -m sd.bench_cost writes what is between these two lines -->\n"
-FIXED = "--objective compressibility --guidance-scale 5 --max-grad-norm 1e9"
-ONE_PAIR = ["--model", "random weights", "--images-per-prompt", "2", "--batch-size", "1"]
+FIXED = {"objective": "compressibility", "guidance_scale": 5, "max_grad_norm": 1e9, "beta": 0.05}
 LENGTHS = (2, 4, 8)  # T of the figure
 
 HERE, AUTOGRAD, PIECES = "here, previous", "whole chain by autograd", "whole chain in pieces"
 IN_FIGURE = {HERE: "ko-", f"{HERE}, checkpointed": "k^--", PIECES: "kx:", AUTOGRAD: "rs-."}
-HEADS = ("", "ms", "here / this", "rows", "GFLOP", "grown, GB", "peak, GB")
 
 CPU_ATTENTION_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
@@ -88,13 +82,13 @@ def network_of(pipe: DiffusionPipeline) -> nn.Module:
 
 
 class Setup:
-    """A model ready to train, as sd_demo.py loads it."""
+    """A model ready to train, as sd_demo.py loads it; load: makes its pipeline."""
 
-    def __init__(self, *flags: str):
-        _, self.args = options.parse([*FIXED.split(), *flags])
-        self.accelerator = model.make_accelerator(self.args.precision, self.args.device)
-        prompts = load_prompts(self.args.prompts)
-        self.model = model.load_model(self.args, prompts, self.accelerator)
+    def __init__(self, load: Callable[[], DiffusionPipeline], **settings):
+        self.load = load
+        self.args = options.make_settings(**FIXED, **settings, model=load())
+        self.accelerator = make_accelerator(self.args.precision, self.args.device)
+        self.model = load_model(self.args, load_prompts("animals"), self.accelerator)
         self.pipe, self.lora = self.model.pipe, self.model.lora
         self.device = self.lora[0].device.type
         self.optimizer = self.accelerator.prepare(torch.optim.AdamW(self.lora, 1e-6))
@@ -106,8 +100,7 @@ class Setup:
             self.accelerator.clip_grad_norm_ = lambda *_: torch.ones(())  # its norm has no value
 
     def load_stock(self) -> StableDiffusionPipeline:
-        pipe = model.load_pipeline(self.args.model, self.args.precision)
-        pipe = pipe.to(self.accelerator.device)
+        pipe = self.load().to(self.accelerator.device)
         pipe.scheduler = self.pipe.scheduler
         pipe.unet.requires_grad_(False)
         pipe.set_progress_bar_config(disable=True)
@@ -124,6 +117,11 @@ class Setup:
         pipe.unet.add_adapter(self.pipe.unet.peft_config["default"])
         cast_training_params(pipe.unet, torch.float32)
         return pipe
+
+    def update(self) -> None:
+        self.accelerator.clip_grad_norm_(self.lora, self.args.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
 
 
 class Bench:
@@ -144,7 +142,7 @@ class Bench:
         self.cond = numbers.repeat_interleave(K, 0).to(device)
         x_T = torch.randn(groups, *self.model.latent_shape)
         self.x_T = x_T.repeat_interleave(K, 0).to(device)
-        self.batch = LabelledBatch(self.sample(), self.cond, self.pairs)
+        self.trajectory = self.sample()
 
     @property
     def units(self) -> int:
@@ -170,34 +168,32 @@ class Bench:
         )
 
     def ours(self, *, reference: str = "previous", loss: str = "eq14") -> None:
-        setup, every = self.setup, "trajectory" if loss == "chain" else "timestep"
-        changed = {"reference": reference, "loss": loss, "update_every": every}
-        args = Namespace(**{**vars(setup.args), **changed})
-        run = sd_demo.Run(
-            args, setup.accelerator, self.model, None, setup.optimizer, feedback=None, memory=None
-        )
-        ref = sd_demo.reference_log_prob(run, self.batch)
-        sd_demo.update_batch(run, self.batch, ref_log_prob=ref, steps=self.steps)
+        """The updates of sd_demo.py: at every step, or for the whole chain after the last one."""
+        model, setup, trajectory = self.model, self.setup, self.trajectory
+        ref_log_prob = trajectory.log_prob
+        if reference == "initial":
+            denoiser = model.reference
+            ref_log_prob = d3po.trajectory_log_prob(denoiser, self.schedule, trajectory, self.cond)
+        losses = d3po.chain_dpo_losses if loss == "chain" else d3po.d3po_losses
+        chains = model.policy, self.schedule, trajectory, self.pairs, setup.args.beta, ref_log_prob
+        for k, piece in enumerate(losses(*chains, cond=self.cond, steps=self.steps), 1):
+            setup.accelerator.backward(piece)
+            if loss == "eq14" or k == len(self.steps):
+                setup.update()
 
     def log_prob(self, denoiser: PipelinePolicy, i: int, chosen: Tensor) -> Tensor:
         """Of action i of the chosen trajectories."""
-        x = self.batch.trajectory.x
+        x = self.trajectory.x
         mean = d3po.policy_mean(denoiser, self.schedule, i, x[i, chosen], self.cond[chosen])
         return d3po.log_prob(x[i + 1, chosen], mean, self.schedule.sigma[i])
 
-    def update(self) -> None:
-        setup = self.setup
-        setup.accelerator.clip_grad_norm_(setup.lora, setup.args.max_grad_norm)
-        setup.optimizer.step()
-        setup.optimizer.zero_grad()
-
     def by_autograd(self) -> None:
         """Eq. 5 as it stands: the graphs of all steps at once."""
-        every, ref = torch.arange(len(self.x_T)), self.batch.trajectory.log_prob
+        every, ref = torch.arange(len(self.x_T)), self.trajectory.log_prob
         log_ratio = sum(self.log_prob(self.model.policy, i, every) - ref[i] for i in self.steps)
         loss = d3po.d3po_loss(*log_ratio[self.pairs.T], self.setup.args.beta).mean()
         self.setup.accelerator.backward(loss)
-        self.update()
+        self.setup.update()
 
     def released(self, pairs: Tensor, batch_size: int = 1) -> None:
         """Four forwards a step for batch_size pairs; an update after the last step."""
@@ -213,7 +209,7 @@ class Bench:
                         ref_log_prob = self.log_prob(reference, i, chosen)
                     log_ratios.append(log_prob - ref_log_prob)
                 setup.accelerator.backward(d3po.d3po_loss(*log_ratios, setup.args.beta).mean())
-            self.update()
+            setup.update()
 
 
 class Side(NamedTuple):
@@ -349,7 +345,7 @@ def count(side: Side) -> dict:
     networks = [network_of(getattr(setup, name)) for name in side.pipelines]
     weights = [p for network in networks for p in network.parameters()]
     states = [t for state in setup.optimizer.state.values() for t in state.values()]
-    vae, trajectory = setup.pipe.vae.parameters(), bench.batch.trajectory
+    vae, trajectory = setup.pipe.vae.parameters(), bench.trajectory
     base_gb = gb([*weights, *vae, *states, *trajectory, bench.cond])
 
     meter, rows = Meter(setup.device), Rows(networks)
@@ -414,7 +410,7 @@ def measure(sides: list[Side], rounds: int) -> list[dict]:
     rows = []
     for side, times in zip(sides, race(sides, rounds), strict=True):
         rows.append({"name": side.name, **times, **count(side)})
-        print(*cells(rows[-1]), sep="  ", flush=True)
+        print(*cells(rows[-1]).values(), sep="  ", flush=True)
     return rows
 
 
@@ -432,8 +428,10 @@ def memory_by_length(setup: Setup) -> dict:
 
 
 def emoji(rounds: int) -> dict:
-    setup = Setup("--model", str(options.EMOJI))
-    bf16 = Setup("--model", str(options.EMOJI), "--precision", "bf16")
+    setup, bf16 = (
+        Setup(partial(load_pipeline, str(options.EMOJI), precision), precision=precision)
+        for precision in ("fp32", "bf16")
+    )
     bench = Bench(setup, 4, 10)
     other_batches = {
         "1 pair in a batch": Bench(setup, 1, 10),
@@ -449,16 +447,15 @@ def emoji(rounds: int) -> dict:
 
 
 def sd15_timed(rounds: int) -> dict:
-    with random_models(SD15, "cuda"):
-        setup = Setup(*ONE_PAIR)
-        races = training(Bench(setup, 1, 4)), groups_of_seven(setup), sampling(Bench(setup, 4, 20))
-        return {"rows": [row for sides in races for row in measure(sides, rounds)]}
+    setup = Setup(partial(build, SD15, torch.float16, "cuda"))
+    races = training(Bench(setup, 1, 4)), groups_of_seven(setup), sampling(Bench(setup, 4, 20))
+    return {"rows": [row for sides in races for row in measure(sides, rounds)]}
 
 
 def counted(architecture: Architecture) -> dict:
     """Of one pair; of SD 1.5 also the other structures, and memory for several T."""
-    with random_models(architecture, "meta"):
-        setup = Setup(*ONE_PAIR)
+    with without_data(architecture) as load:
+        setup = Setup(load)
         bench, more = Bench(setup, 1, 2), {}
         sides = training(bench)[:2]
         if architecture is SD15:
@@ -475,27 +472,25 @@ def counted(architecture: Architecture) -> dict:
 # The report
 
 
-def cells(row: dict) -> list[str]:
+def cells(row: dict) -> dict:
     def spread(values, scale=1.0):
         return "{:.3g} ({:.3g} to {:.3g})".format(*(scale * v for v in values)) if values else "-"
 
-    return [
-        row["name"],
-        spread(row.get("seconds"), 1e3),
-        spread(row.get("ratio")),
-        " / ".join(f"{n:.3g}" for n in row["rows"]),
-        f"{row['gflop']:.4g}",
-        f"{row['grown_gb']:.3g}",
-        f"{row['peak_gb']:.3g}",
-    ]
+    return {
+        "": row["name"],
+        "ms": spread(row.get("seconds"), 1e3),
+        "here / this": spread(row.get("ratio")),
+        "rows": " / ".join(f"{n:.3g}" for n in row["rows"]),
+        "GFLOP": f"{row['gflop']:.4g}",
+        "grown, GB": f"{row['grown_gb']:.3g}",
+        "peak, GB": f"{row['peak_gb']:.3g}",
+    }
 
 
 def tables(results: dict) -> str:
-    """What was found, in Markdown."""
     text = "\n"
     for title, part in results.items():
-        text += f"## {title}\n\n{markdown_table(HEADS, map(cells, part['rows']))}"
-        text += "\n"
+        text += f"## {title}\n\n{table(list(map(cells, part['rows'])))}\n"
         if "weights" in part:
             millions = {name: number / 1e6 for name, number in part["weights"].items()}
             text += "Weights: {network:,.0f} M, LoRA {lora:.2f} M. ".format(**millions)
@@ -547,15 +542,13 @@ def write(results: dict, out: Path) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     parser = make_parser("sd.bench_cost", __doc__.splitlines()[0])
-    positive = options.positive(int)
-    parser.add_argument("--rounds", type=positive, default=7, help="timed rounds of each race")
+    parser.add_argument("--rounds", type=int, default=7, help="timed rounds of each race")
     parser.add_argument("--out", type=Path, default=RESULTS / "cost.json", help="a JSON file")
     args, machine, cuda = parser.parse_args(argv), machine_name(), torch.cuda.is_available()
     for library in (diffusers, transformers):
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
     print(f"{machine}: times mean something only while nothing else runs on it.")
-    print(*HEADS, sep="  ")
 
     parts = {f"Emoji model, 4 pairs in a batch, T = 10: {machine}": partial(emoji, args.rounds)}
     if cuda:

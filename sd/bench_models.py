@@ -5,6 +5,7 @@ are the emoji model's. SD 3 goes without T5, as its stock pipeline can: that par
 zeros.
 """
 
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import wraps
 from typing import NamedTuple
@@ -26,8 +27,7 @@ from diffusers import (
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-from sd import model
-from sd.pipeline import DTYPES, NETWORKS, map_tensors
+from sd.pipeline import NETWORKS, map_tensors
 from toy.emoji_sd import models
 
 CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -156,13 +156,18 @@ def clip(width: int, kind: type = CLIPTextModelWithProjection) -> nn.Module:
 def build(
     architecture: Architecture, dtype: torch.dtype, device: str | torch.device
 ) -> DiffusionPipeline:
-    """A pipeline with random weights; on the device "meta" its network and VAE have none."""
+    """A pipeline with random weights, made in this dtype; on the device "meta" without data."""
     kind, size = architecture.kind, architecture.latents
     has_unet = NETWORKS[kind] == "unet"
     network_class = UNet2DConditionModel if has_unet else SD3Transformer2DModel
-    with torch.device(device):
-        network = network_class(sample_size=size, **architecture.network)
-        autoencoder = AutoencoderKL(**architecture.vae)
+    usual = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)  # in float32 first, the largest would not fit
+    try:
+        with torch.device(device):
+            network = network_class(sample_size=size, **architecture.network)
+            autoencoder = AutoencoderKL(**architecture.vae)
+    finally:
+        torch.set_default_dtype(usual)
     words = models.tokenizer()
     words.model_max_length = MAX_TOKENS
     scheduler = models.scheduler() if has_unet else FlowMatchEulerDiscreteScheduler(shift=3.0)
@@ -198,7 +203,7 @@ class ToReal(torch.autograd.Function):
         return torch.empty_like(gradient, device="meta")
 
 
-def takes_real(pipe: DiffusionPipeline) -> None:
+def take_real(pipe: DiffusionPipeline) -> None:
     """Let a network on the meta device take and give real tensors, and stay where it is."""
     network = getattr(pipe, NETWORKS[type(pipe)])
     forward = network.forward
@@ -221,26 +226,18 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor, *_, **__) -> Tensor:
 
 
 @contextmanager
-def random_models(architecture: Architecture, device: str):
-    """Inside, every pipeline has this architecture, with random weights; on "meta" none, in fp16.
+def without_data(architecture: Architecture) -> Iterator[Callable[[], DiffusionPipeline]]:
+    """Inside, what this makes are pipelines in fp16 whose network and VAE have shapes alone."""
 
-    device: where network and VAE are made.
-    """
-    weightless = device == "meta"
-
-    def load(name, precision):
-        dtype = torch.float16 if weightless else DTYPES[precision]
-        pipe = build(architecture, dtype, device)
-        if weightless:
-            takes_real(pipe)
+    def load() -> DiffusionPipeline:
+        pipe = build(architecture, torch.float16, "meta")
+        take_real(pipe)
         return pipe
 
+    cpu = torch.device("cpu")  # where others shall put the inputs of a network
     with ExitStack() as patches:
-        patches.enter_context(mock.patch.object(model, "load_pipeline", load))
-        if weightless:
-            attention = mock.patch.object(F, "scaled_dot_product_attention", flash_attention)
-            patches.enter_context(attention)
-            cpu = torch.device("cpu")  # where others shall put the inputs of a network
-            for kind in (DiffusionPipeline, ModelMixin):
-                patches.enter_context(mock.patch.object(kind, "device", cpu))
-        yield
+        for kind in (DiffusionPipeline, ModelMixin):
+            patches.enter_context(mock.patch.object(kind, "device", cpu))
+        attention = mock.patch.object(F, "scaled_dot_product_attention", flash_attention)
+        patches.enter_context(attention)
+        yield load

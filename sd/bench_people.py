@@ -1,23 +1,20 @@
 """Simulated people with written tastes: what their clicks buy, by recipe.
 
     python -m sd.bench_people                         # hours on two cores; resumes where it stopped
-    python -m sd.bench_people --recipes default --seeds 2
+    python -m sd.bench_people --recipes "whole chain" --seeds 2
 
-Each run is sd_demo.py as it is, on the emoji model, with a `SimulatedPerson` in the place of the
-page. Afterwards the LoRA of some of its epochs is judged on noises that no training saw: by the
-taste itself without its noise, by a network that knows the animals, and by the KL to the initial
-model. Writes into sd/results: people.json, the tables of people.md, and two figures. What stands
-there of other tastes and recipes stays.
+Each run is sd_demo.py on the emoji model, with a `SimulatedPerson` in the place of the
+page. Afterwards the LoRA of some of its rounds is judged on images from noise that no training saw:
+by the taste itself without its noise, by a network that knows the animals, and by the KL to the
+initial model. Writes into sd/results: people.json, the table of people.md, and two figures.
 """
 
 import shutil
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from itertools import combinations, product
 from pathlib import Path
 from typing import NamedTuple
-from unittest import mock
 
 import numpy as np
 import torch
@@ -26,24 +23,21 @@ from PIL import Image
 from torch import Tensor
 
 import sd_demo
-from sd import files, options, run_folder
-from sd.bench import make_parser, markdown_table, replace_section, size_change
-from sd.feedback import HumanFeedback
+from sd import bench, files
+from sd.bench import CHAIN, RESULTS, Job
 from sd.files import LORA_FILE
-from sd.labels import pareto_preference
-from sd.metrics import win_rate
-from sd.model import PipelinePolicy, load_model, make_accelerator, sample, sample_held_out
-from sd.prompts import load_prompts
+from sd.labels import Label
+from sd.model import Batch
 from sd.scorers import jpeg_kb
-from sd.seeds import RandomPurpose, seeded_generator
 from toy.emoji_sd import classifier
-from toy.emoji_sd.render import NAMES, render
+from toy.emoji_sd.render import render
 
-RESULTS = files.ROOT / "sd" / "results"
 MARK = "<!-- python -m sd.bench_people writes what is between these two lines -->\n"
-RENDERINGS = "renderings"  # images of no model
+SEEDS = 5
 NOISE_KB = 0.2  # Gumbel noise on what a person thinks of an image
 BROKEN_KB = 3  # a broken animal is worse than any ground
+FILE = "small files, from a file"  # without questions
+RENDERINGS = "renderings"  # images of no model
 
 
 def warmth(images: list, prompts: list[str]) -> Tensor:
@@ -52,15 +46,28 @@ def warmth(images: list, prompts: list[str]) -> Tensor:
     return (pixels[..., 0] - pixels[..., 2]).mean((1, 2))
 
 
-def size(images: list, prompts: list[str]) -> Tensor:
-    return torch.tensor([jpeg_kb(image) for image in images], dtype=torch.float64)
+def small(images: list, prompts: list[str]) -> Tensor:
+    """Minus the size, kB."""
+    return -torch.tensor([jpeg_kb(image) for image in images], dtype=torch.float64)
 
 
 def right(images: list, prompts: list[str]) -> Tensor:
     return torch.tensor(classifier.recognised(images, prompts), dtype=torch.float64)
 
 
-FILE = "small files, from a file"  # without questions
+def plain(images: list, prompts: list[str]) -> Tensor:
+    return small(images, prompts) - BROKEN_KB * (1 - right(images, prompts))
+
+
+def round_of(questions: int, images: int, *, rounds: int) -> dict:
+    """Settings of a run that asks people: how many questions a round has, about how many images."""
+    return {
+        "epochs": rounds,
+        "prompts_per_epoch": questions,
+        "images_per_prompt": images,
+        "eval_images": 16,
+        "eval_every": 1,
+    }
 
 
 class Taste(NamedTuple):
@@ -69,313 +76,251 @@ class Taste(NamedTuple):
     score: Callable[[list, list[str]], Tensor]  # images, prompts -> (N,), higher is better
     noise: float = 0  # of the score: Gumbel's scale; answers are then drawn from Eq. 3
     random: float = 0  # share of answers that say nothing
-    flags: str = "--objective human"
-    labels: tuple[int, ...] = (16, 48, 96, 160)  # after which the model is judged
-    noises: int = 90  # it is judged on
-    groups: tuple[int, int] = (160, 2)  # images labelled before any training: groups, K
+    tags: bool = False  # marks the images of a group whose score is below 0.5
+    settings: dict = round_of(8, 2, rounds=20)
+    clicks: tuple[int, ...] = (16, 32, 48, 96, 160)  # after which the model is judged
+    judged: int = 90  # images
 
 
 TASTES = {
     "warm": Taste(warmth, random=0.1),
-    "plain but intact": Taste(
-        lambda images, prompts: -size(images, prompts) - BROKEN_KB * (1 - right(images, prompts)),
-        noise=NOISE_KB,
-    ),
-    "small files": Taste(lambda images, prompts: -size(images, prompts), noise=NOISE_KB),
+    "plain but intact": Taste(plain, noise=NOISE_KB),
+    "small files": Taste(small, noise=NOISE_KB),
     "right animal": Taste(
         right,
         random=0.06,  # 3 % of the tags are wrong
-        flags="--objective tags --num-steps 3",
-        labels=(24, 48, 80),
-        noises=360,
+        tags=True,
+        settings=round_of(8, 7, rounds=10) | {"num_steps": 3},
+        clicks=(24, 48, 80),
+        judged=360,
     ),
-    FILE: Taste(lambda images, prompts: -size(images, prompts), labels=(448,), groups=(16, 8)),
+    FILE: Taste(small, clicks=(448,), settings={"epochs": 4, "eval_images": 16, "eval_every": 1}),
 }
-EQ14 = "--loss eq14 --update-every timestep --batch-size 4"
-BARE = f"{EQ14} --beta 0.06 --warm-up 1 --replay 0 --no-average-weights --max-kl 1e9"
-SLOW = f"{EQ14} --beta 0.03 --warm-up 4 --max-kl 40"
-RECIPES = {  # flags after those of the taste
-    "default": "",
-    "previous": f"{BARE} --reference previous",
-    "Eq. 14": BARE,
-    "Eq. 14, slow start": f"{SLOW} --replay 0",
-    "Eq. 14 + memory": f"{SLOW} --replay 2",
-    "SFT + memory": f"{SLOW} --replay 2 --loss sft --beta 0",
-    "best of four": (
-        "--objective tags --images-per-prompt 4 --epochs 20 --loss chain --update-every trajectory "
-        "--batch-size 1 --replay 4 --beta 0.1 --warm-up 8"
-    ),
+LABELLED = {"prompts_per_epoch": 16, "images_per_prompt": 8}  # before any training
+EQ14 = bench.EQ14 | {"beta": 0.06}
+RECIPES = {
+    CHAIN: bench.WHOLE_CHAIN,
+    "Eq. 14": EQ14,
+    "Eq. 14, moving reference": EQ14 | {"reference": "previous"},
+    "SFT": bench.EQ14
+    | {"loss": "sft", "beta": 0, "warm_up": 4, "replay": 2, "average_weights": True, "max_kl": 40},
 }
-LABELS_FIRST = {  # by --labels: flags of the model that draws the images
-    "labels first": "",
-    "another model's images": f"--init-lora {RESULTS / 'emoji_lora'}",
-    RENDERINGS: "",
+LABEL_FILES = {  # what draws the images that are labelled first
+    "the model's own images": {},
+    "another model's images": {"init_lora": "sd/results/emoji_lora"},
+    RENDERINGS: {},
 }
-HEADS = ("taste", "recipe", "labels", "seeds", "win rate", "animals right", "size", "KL", "stopped")
 
 
-class SimulatedPerson(HumanFeedback):
-    """Answers in the place of the page. After each epoch a copy of lora/ is kept in loras/."""
+class SimulatedPerson:
+    """Answers in the place of the page. Before each round it keeps a copy of the LoRA.
 
-    def __init__(self, args, prompts, accelerator, *, taste: Taste):
-        super().__init__(args, prompts, accelerator)
-        self.taste, self.clicks = taste, 0
+    folder: of the job, where the run is in run/ and the copies are in loras/CLICKS.
+    """
 
-    def collect_labels(self, rows: list[dict]) -> list[dict]:
-        random = np.random.default_rng([self.args.seed, rows[0]["epoch"]])
-        rows = [self.answer(row, random) for row in rows]
-        files.append(self.args.out / "labels.jsonl", rows)
-        self.clicks += len(rows)
-        return rows
+    def __init__(self, taste: Taste, *, seed: int, folder: Path):
+        self.taste, self.seed, self.folder = taste, seed, folder
 
-    def answer(self, row: dict, random: np.random.Generator) -> dict:
-        images = [Image.open(self.args.out / file) for file in row["images"]]
-        scores = self.taste.score(images, [row["prompt"]] * len(images)).numpy()
+    def label(self, batches: list[Batch], epoch: int) -> list[list[Label]]:
+        keep_lora(self.folder, epoch - 1, questions=sum(len(batch.groups) for batch in batches))
+        random = np.random.default_rng([self.seed, epoch])
+        return [[self.answer(batch, group, random) for group in batch.groups] for batch in batches]
+
+    def answer(self, batch: Batch, group: range, random: np.random.Generator) -> Label:
+        """About a group: its tags, or which of its two images is better."""
+        images = [batch.images[k] for k in group]
+        scores = self.taste.score(images, [batch.prompts[k] for k in group]).numpy()
         if self.taste.noise:
             scores = scores + random.gumbel(scale=self.taste.noise, size=len(scores))
         at_random = random.random(len(scores)) < self.taste.random
         any_answer = random.random(len(scores)) < 0.5
-        if "h" in row:
-            h = np.sign(scores[0] - scores[1])
-            return {**row, "h": int(2 * any_answer[0] - 1 if at_random[0] else h)}
-        if self.taste.score is right:
+        if self.taste.tags:
             bad = np.where(at_random, any_answer, scores < 0.5)
-        else:  # one click: the best of the group
-            best = random.integers(len(scores)) if at_random[0] else scores.argmax()
-            bad = np.arange(len(scores)) != best
-        return {**row, "bad": bad.tolist()}
-
-    def pairs_of_group(self, group: range) -> list[tuple[int, int]]:
-        return list(combinations(group, 2))  # who labels files has time
-
-    def status(self, text: str) -> None:
-        folder = self.args.out / "loras" / str(self.clicks)
-        folder.mkdir(parents=True)
-        shutil.copy(self.args.out / "lora" / LORA_FILE, folder)
+            return Label(group, "bad", bad.tolist())
+        h = 2 * any_answer[0] - 1 if at_random[0] else np.sign(scores[0] - scores[1])
+        return Label(group, "h", int(h))
 
 
-def fits(taste: str, recipe: str, _) -> bool:
-    """Whether a recipe can be tried on a taste."""
-    if taste == FILE:
-        return recipe in LABELS_FIRST
-    if taste == "right animal":  # few images of K = 7 are no pairs
-        return recipe not in (*LABELS_FIRST, "best of four")
-    return recipe in RECIPES or recipe == "labels first"
+def keep_lora(folder: Path, rounds: int, *, questions: int) -> None:
+    """Copy the LoRA of a run that did so many rounds to loras/CLICKS."""
+    lora = folder / "run" / "lora" / LORA_FILE
+    if rounds and lora.exists():
+        copy = folder / "loras" / str(rounds * questions)
+        copy.mkdir(parents=True, exist_ok=True)
+        shutil.copy(lora, copy)
 
 
-class Job(NamedTuple):
-    """One run."""
+def train_with(taste: Taste, job: Job, folder: Path) -> tuple[Path, dict[int, Path]]:
+    """A run with a person. Returns its folder, and its LoRA after each of the taste's clicks."""
+    person = SimulatedPerson(taste, seed=job.settings["seed"], folder=folder)
+    run = bench.train(job, folder, labeller=person)
+    rounds = len(files.read_lines(run / "metrics.jsonl"))
+    keep_lora(folder, rounds, questions=job.settings["prompts_per_epoch"])
+    kept = {int(copy.name): copy for copy in (folder / "loras").glob("*")}
+    trained_on = {n: max((k for k in kept if k <= n), default=None) for n in taste.clicks}
+    return run, {n: kept.get(trained_on[n]) for n in taste.clicks}
 
-    taste: str
-    recipe: str
-    seed: int
 
-    @property
-    def name(self) -> str:
-        words = "-".join([self.taste, self.recipe, str(self.seed)])
-        return "".join(c if c.isalnum() or c == "-" else "_" for c in words)
+# Labels before any training
+
+
+class Onlooker:
+    """Takes the images of a run's first epoch, and ends it."""
+
+    def label(self, batches: list[Batch], epoch: int) -> None:
+        self.batches = batches
 
 
 def label_first(job: Job, folder: Path) -> Path:
-    """Images before any training, and what the person says of them, as a label file."""
-    taste = TASTES[job.taste]
-    groups, K = taste.groups
-    flags = f"--objective human --images-per-prompt {K} --seed {job.seed}"
-    _, args = options.parse(f"{flags} {LABELS_FIRST[job.recipe]}".split())
-    args.out = folder
-    (folder / "images").mkdir(parents=True)
-    accelerator, prompts = make_accelerator("fp32"), load_prompts("animals")
-    model = load_model(args, prompts, accelerator)
-    person = SimulatedPerson(args, prompts, accelerator, taste=taste)
-    random = seeded_generator(job.seed, RandomPurpose.PROMPTS, 1)
-    numbers = torch.randint(len(prompts), (groups,), generator=random)
-    batches = []
-    for first in range(0, groups, args.batch_size):
-        noise = seeded_generator(job.seed, RandomPurpose.TRAINING, 1, first)
-        part = numbers[first : first + args.batch_size]
-        batch = sample(model, model.reference, part, images_per_prompt=K, generator=noise)
-        if job.recipe == RENDERINGS:
-            animals = [NAMES[number] for number in batch.cond.tolist()]
-            pictures = [render(name, [job.seed, first, k]) for k, name in enumerate(animals)]
-            batch = batch._replace(images=[Image.fromarray(picture) for picture in pictures])
-        files = run_folder.image_files(1, range(first, first + args.batch_size), K)
-        batches.append(batch._replace(files=files))
-    person.label(batches, 1)
+    """Images before any training, and all pairs of a group by the taste, as a label file."""
+    onlooker, seed, recipe = Onlooker(), job.settings["seed"], job.key["recipe"]
+    shutil.rmtree(folder, ignore_errors=True)  # a kill cut it short
+    settings = {**LABELLED, **LABEL_FILES[recipe], "seed": seed, "epochs": 1, "eval_images": 1}
+    sd_demo.run(labeller=onlooker, **settings, out=folder / "sampled", device="cpu")
+    rows = []
+    for batch in onlooker.batches:
+        images = list(batch.images)
+        if recipe == RENDERINGS:
+            names = [prompt.split(maxsplit=1)[1] for prompt in batch.prompts]
+            pictures = [render(name, [seed, len(rows), k]) for k, name in enumerate(names)]
+            images = [Image.fromarray(picture) for picture in pictures]
+        names = [f"{len(rows)}_{k}.png" for k in range(len(images))]
+        for name, image in zip(names, images, strict=True):
+            image.save(folder / name)
+        scores = TASTES[job.key["taste"]].score(images, batch.prompts)
+        for a, b in [pair for group in batch.groups for pair in combinations(group, 2)]:
+            row = {"epoch": 1, "prompt": batch.prompts[a], "images": [names[a], names[b]]}
+            rows.append({**row, "h": int(torch.sign(scores[a] - scores[b]))})
+    files.save_lines(folder / "labels.jsonl", rows)
     return folder / "labels.jsonl"
 
 
-def run(job: Job, work: Path) -> None:
-    """Run sd_demo.py and judge what it made; a run that is done stays."""
-    out, given = work / job.name, work / f"{job.name}-labels"
-    if (out / "quality.json").exists():
-        return
-    for folder in (out, given):
-        shutil.rmtree(folder, ignore_errors=True)  # killed on its way
-    torch.set_num_threads(1)
-    flags = f"{TASTES[job.taste].flags} {RECIPES.get(job.recipe)}"
-    if job.recipe in LABELS_FIRST:
-        flags = f"--labels {label_first(job, given)} --prompts animals"
-    argv = [*flags.split(), "--seed", str(job.seed), "--out", str(out)]
-    person = partial(SimulatedPerson, taste=TASTES[job.taste])
-    with mock.patch.object(sd_demo, "HumanFeedback", person):
-        sd_demo.main(argv)
-    seconds = sum(
-        row["seconds_sample"] + row["seconds_train"]
-        for row in files.read_lines(out / "metrics.jsonl")
-    )
-    if job.recipe in LABELS_FIRST:
-        flags = "--labels FILE --prompts animals"
-    result = {"flags": flags, "seconds": seconds, "quality": judge(job, out)}
-    files.save_json(out / "quality.json", result)
-    print(f"{job.name}: done", flush=True)
+# Jobs
 
 
-def judge(job: Job, out: Path) -> list[dict]:
-    """The model before training and after some numbers of labels, on noises that it never saw."""
-    taste = TASTES[job.taste]
-    flags = ["--evaluate", str(out), "--objective", "human", "--max-kl", "1"]  # for its KL
-    _, args = options.parse([*flags, "--eval-images", str(taste.noises)])
-    model = load_model(args, load_prompts("animals"), make_accelerator("fp32"))
-
-    def look(denoiser: PipelinePolicy) -> dict:
-        evaluation = RandomPurpose.EVALUATION
-        images, prompts, kl = sample_held_out(model, denoiser, args, purpose=evaluation)
-        return {
-            "scores": taste.score(images, prompts).tolist(),
-            "animals": float(np.mean(classifier.recognised_by_judge(images, prompts))),
-            "kb": size(images, prompts).mean().item(),
-            "kl": kl or 0.0,
-        }
-
-    rows = [{"labels": 0, "trained_on": 0, **look(model.reference)}]
-    if job.recipe in LABELS_FIRST:
-        kept = {taste.labels[-1]: out / "lora"}
-    else:
-        kept = {int(folder.name): folder for folder in (out / "loras").glob("*")}
-    for labels in taste.labels[-1:] if job.recipe in LABELS_FIRST else taste.labels:
-        trained_on = max((count for count in kept if count <= labels), default=0)
-        if not trained_on or not (kept[trained_on] / LORA_FILE).exists():  # it stopped at once
-            rows.append({**rows[0], "labels": labels})
-            continue
-        model.read_lora(kept[trained_on] / LORA_FILE)
-        rows.append({"labels": labels, "trained_on": trained_on, **look(model.sampler)})
-    return rows
-
-
-# The tables
-
-
-def summary(results: list[dict]) -> list[dict]:
-    """The means over the seeds of a taste and recipe, for each number of labels."""
-    found = []
-    for rows in zip(*(result["quality"] for result in results), strict=True):
-        initial = [result["quality"][0] for result in results]
-        wins, sizes = [], []
-        for row, before in zip(rows, initial, strict=True):
-            h = pareto_preference(torch.tensor([row["scores"]]), torch.tensor([before["scores"]]))
-            wins.append(win_rate(h)["win_rate"])
-            sizes.append(size_change(row["kb"], before["kb"]))
-        animals = [row["animals"] for row in rows]
-        failures = [1 - np.mean(row["scores"]) for row in rows]
-        found.append(
-            {
-                "labels": rows[0]["labels"],
-                "seeds": len(rows),
-                "win_rate": float(np.mean(wins)),
-                "animals": float(np.mean(animals)),
-                "animals_worst": min(animals),
-                "size": float(np.mean(sizes)),
-                "failures": float(np.mean(failures)),
-                "kl": float(np.mean([row["kl"] for row in rows])),
-                "stopped": sum(row["trained_on"] < row["labels"] for row in rows),
-                "seconds": float(np.mean([result["seconds"] for result in results])),
-            }
-        )
-    return found
-
-
-def cells(taste: str, recipe: str, row: dict) -> list[str]:
+def make_jobs(tastes: list[str], recipes: list[str], seeds: int) -> list[Job]:
     return [
-        taste,
-        recipe,
-        str(row["labels"]),
-        str(row["seeds"]),
-        f"{row['failures']:.1%} fail" if taste == "right animal" else f"{row['win_rate']:.2f}",
-        f"{row['animals']:.1%} ({row['animals_worst']:.1%})",
-        f"{row['size']:+.0%}",
-        f"{row['kl']:.1f}",
-        str(row["stopped"]),
+        Job(
+            {"taste": taste, "recipe": recipe, "seed": seed},
+            {**TASTES[taste].settings, **RECIPES.get(recipe, bench.WHOLE_CHAIN), "seed": seed},
+        )
+        for taste, recipe, seed in product(tastes, recipes, range(seeds))
+        if is_tried(taste, recipe)
     ]
 
 
-def table(found: dict[tuple[str, str], list[dict]]) -> str:
-    rows = [cells(*key, row) for key, of_one in found.items() for row in of_one]
-    return f"\n{markdown_table(HEADS, rows)}\n"
+def is_tried(taste: str, recipe: str) -> bool:
+    """Whether a recipe is tried on a taste; what others do for tags is in paper.md."""
+    if taste == FILE:
+        return recipe in LABEL_FILES
+    return recipe == CHAIN or (recipe in RECIPES and not TASTES[taste].tags)
 
 
-def draw(found: dict[tuple[str, str], list[dict]], path: Path) -> None:
+def measure(job: Job, folder: Path) -> dict:
+    """Train, and judge after some numbers of labels."""
+    taste = TASTES[job.key["taste"]]
+    if job.key["recipe"] in LABEL_FILES:
+        file = label_first(job, folder / "labelled")
+        run = bench.train(job, folder, labels=str(file), prompts="animals")
+        loras = {taste.clicks[-1]: run / "lora"}
+    else:
+        run, loras = train_with(taste, job, folder)
+    if (figure := run / "progress.png").exists():
+        shutil.copy(figure, folder)
+    rounds = len(files.read_lines(run / "metrics.jsonl"))
+    stopped = files.read_json(run / "config.json")["stopped"]
+    return {
+        "seconds": bench.training_seconds(run),
+        "stopped_after": rounds * job.settings.get("prompts_per_epoch", 0) if stopped else None,
+        "judged": bench.judge(run, loras, taste.score, images=taste.judged),
+    }
+
+
+# The table
+
+
+def group(store: Path) -> dict[tuple[str, str], list[dict]]:
+    """The runs with the settings of today, by taste and recipe."""
+    groups = {}
+    for run in bench.finished(store, make_jobs([*TASTES], [*RECIPES, *LABEL_FILES], SEEDS)):
+        groups.setdefault((run["taste"], run["recipe"]), []).append(run)
+    return groups
+
+
+def rows_of(taste: str, recipe: str, runs: list[dict]) -> list[dict]:
+    """Means over the seeds, for each number of labels."""
+    rows, before = [], [run["judged"][0] for run in runs]
+    for judged in zip(*(run["judged"] for run in runs), strict=True):
+        labels, pairs = judged[0]["after"], zip(judged, before, strict=True)
+        sizes = [bench.size_change(row["kb"], initial["kb"]) for row, initial in pairs]
+        stops = [run["stopped_after"] for run in runs if run["stopped_after"] is not None]
+        row = {
+            "taste": taste,
+            "recipe": recipe,
+            "labels": labels,
+            "seeds": len(runs),
+            "win rate": f"{bench.mean(judged, 'win_rate'):.2f}",
+            "animals right": f"{bench.mean(judged, 'animals'):.1%}",
+            "worst seed": f"{min(row['animals'] for row in judged):.1%}",
+            "size": f"{np.mean(sizes):+.0%}",
+            "KL": f"{bench.mean(judged, 'kl'):.1f}",
+            "stopped": sum(stop < labels for stop in stops),
+        }
+        if TASTES[taste].tags:
+            row |= {"win rate": "", "broken images": f"{1 - bench.mean(judged, 'score'):.1%}"}
+        rows.append(row)
+    return rows
+
+
+def table(groups: dict[tuple[str, str], list[dict]]) -> str:
+    rows = [row for key, runs in groups.items() for row in rows_of(*key, runs)]
+    return f"\n{bench.table(rows) if rows else 'Not measured yet.'}\n"
+
+
+def draw(groups: dict[tuple[str, str], list[dict]], path: Path) -> None:
     """Win rate against labels, and below it the animals recognised, for each taste."""
-    tastes = list(dict.fromkeys(taste for taste, _ in found if taste != FILE))
+    tastes = list(dict.fromkeys(taste for taste, _ in groups))
     figure = Figure(figsize=(4 * len(tastes), 6.4), layout="constrained")
     axes = figure.subplots(2, len(tastes), squeeze=False)
-    names = list(dict.fromkeys(recipe for taste, recipe in found if taste in tastes))
-    for (taste, recipe), rows in found.items():
-        if taste not in tastes:
-            continue
-        column, labels = axes[:, tastes.index(taste)], [row["labels"] for row in rows]
-        is_right = taste == "right animal"
-        quality = [1 - row["failures"] if is_right else row["win_rate"] for row in rows]
-        style = {"linewidth": 2.5 if recipe == "default" else 1.2, "marker": "o", "markersize": 4}
-        style |= {"color": f"C{names.index(recipe)}"}
-        column[0].plot(labels, quality, label=recipe, **style)
-        column[1].plot(labels, [row["animals"] for row in rows], **style)
-        column[0].set(title=taste, ylabel="right (the taste)" if is_right else "win rate")
-        column[1].set(xlabel="clicks", ylabel="animals recognised (judge)", ylim=(0, 1.02))
+    for (taste, recipe), runs in groups.items():
+        column, number = axes[:, tastes.index(taste)], [*RECIPES].index(recipe)
+        style = {"linewidth": 2.5 if recipe == CHAIN else 1.2, "marker": "o^sD"[number]}
+        style |= {"color": f"C{number}", "markersize": 4, "label": recipe}
+        labels = [row["after"] for row in runs[0]["judged"]]
+        quality = "score" if TASTES[taste].tags else "win_rate"
+        for axis, key in zip(column, (quality, "animals"), strict=True):
+            seeds = [[row[key] for row in run["judged"]] for run in runs]
+            axis.plot(labels, np.mean(seeds, 0), **style)
+        column[0].set(title=taste, ylabel="images not broken" if quality == "score" else "win rate")
+        column[1].set(xlabel="clicks", ylabel="animals recognised", ylim=(0, 1.02))
     lines = {line.get_label(): line for axis in axes[0] for line in axis.lines}
-    figure.legend(handles=lines.values(), loc="outside lower center", ncols=len(names))
+    figure.legend(handles=lines.values(), loc="outside lower center", ncols=len(RECIPES))
     figure.savefig(path, dpi=110)
 
 
-def write(jobs: list[Job], work: Path, folder: Path) -> None:
-    """The numbers, the tables of the page, and the figure; what ran elsewhere stays."""
-    results: dict[tuple[str, str], list[dict]] = {}
-    for job in jobs:
-        file = work / job.name / "quality.json"
-        if file.exists():
-            results.setdefault((job.taste, job.recipe), []).append(files.read_json(file))
-    file = folder / "people.json"
-    shipped = files.read_json(file)["runs"] if file.exists() else []
-    content = {(of_one["taste"], of_one["recipe"]): of_one for of_one in shipped}
-    for (taste, recipe), of_one in results.items():
-        head = {"taste": taste, "recipe": recipe, "flags": of_one[0]["flags"]}
-        content[taste, recipe] = {**head, "rows": summary(of_one)}
-    keys = [key for key in product(TASTES, [*RECIPES, *LABELS_FIRST]) if key in content]
-    found = {key: content[key]["rows"] for key in keys}
-    files.save_json(file, {"runs": [content[key] for key in keys]})
-    replace_section(folder / "people.md", MARK, table(found))
-    draw(found, folder / "people.png")
-    shown = work / Job("warm", "default", 0).name / "progress.png"
-    if shown.exists():
-        shutil.copy(shown, folder / "people_warm.png")
+def write(folder: Path, work: Path) -> None:
+    """The table of the page, and the figures."""
+    groups = group(folder / "people.json")
+    bench.replace_section(folder / "people.md", MARK, table(groups))
+    if asked := {key: groups[key] for key in groups if key[0] != FILE}:
+        draw(asked, folder / "people.png")
+    (shown,) = make_jobs(["warm"], [CHAIN], 1)
+    if (figure := work / shown.name / "progress.png").exists():
+        shutil.copy(figure, folder / "people_warm.png")
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = make_parser("sd.bench_people", __doc__.splitlines()[0])
-    work, recipes = files.ROOT / "runs" / "bench_people", [*RECIPES, *LABELS_FIRST]
-    count = options.positive(int)
+    parser = bench.make_parser("sd.bench_people", __doc__.splitlines()[0])
+    recipes = [*RECIPES, *LABEL_FILES]
     parser.add_argument("--tastes", nargs="+", choices=TASTES, default=[*TASTES], help="who")
     parser.add_argument("--recipes", nargs="+", choices=recipes, default=recipes, help="how")
-    parser.add_argument("--seeds", type=count, default=5, help="0, 1, ... of each")
-    parser.add_argument("--work", type=Path, default=work, help="folder of the runs")
-    parser.add_argument("--processes", type=count, default=2, help="runs at a time, one core each")
+    seeds = "0, 1, ... of each"
+    parser.add_argument("--seeds", type=int, default=SEEDS, help=seeds)
+    bench.add_runner_flags(parser, "bench_people")
     args = parser.parse_args(argv)
-    work = args.work.resolve()
-    work.mkdir(parents=True, exist_ok=True)
-    every = [Job(*parts) for parts in product(TASTES, recipes, range(args.seeds)) if fits(*parts)]
-    asked = [job for job in every if job.taste in args.tastes and job.recipe in args.recipes]
-    with ProcessPoolExecutor(args.processes, max_tasks_per_child=1) as pool:
-        list(pool.map(run, asked, [work] * len(asked)))
-    write(every, work, RESULTS)
+    jobs = make_jobs(args.tastes, args.recipes, args.seeds)
+    redraw = partial(write, RESULTS, args.work)
+    bench.run_jobs(jobs, measure, args, store=RESULTS / "people.json", write=redraw)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """Files that are at all times the old one or the new one; JSON lines; the lock of a run."""
 
-import errno
 import json
 import math
 import os
@@ -8,7 +7,6 @@ from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-import torch
 from filelock import FileLock, Timeout
 from PIL import Image
 from safetensors import SafetensorError
@@ -21,25 +19,19 @@ LORA_FILE = "pytorch_lora_weights.safetensors"
 
 @contextmanager
 def writing(path: Path):
-    """What goes wrong inside is an OSError about this file; torch and safetensors have others."""
+    """What goes wrong inside is a UserError about this file; torch and safetensors have others."""
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
-        code, reason = getattr(error, "errno", None), getattr(error, "strerror", None)
+        reason = getattr(error, "strerror", None)
         reason = reason or f"is the disk full? {str(error).partition(chr(10))[0]}"
-        raise OSError(code or errno.EIO, reason, str(path)) from error
-
-
-def describe(error: Exception) -> str:
-    """An error in a sentence for the user."""
-    if not isinstance(error, OSError) or not error.strerror:
-        return str(error)
-    file, reason = error.filename or "A file", error.strerror
-    return f"{file} cannot be read or written ({reason}): make room for it, or allow it"
+        file = getattr(error, "filename", None) or path
+        message = f"{file} cannot be written ({reason}): make room for it, or allow it"
+        raise UserError(message) from error
 
 
 def replace(path: Path, write: Callable[[Path], object], *, mode: int = 0o666) -> None:
-    """Let `write` make a file beside `path`, then put it in its place; OSError if it cannot.
+    """Let `write` make a file beside `path`, then put it in its place; UserError if it cannot.
 
     mode: who may read and write the file, as far as the user's umask lets them.
     """
@@ -50,7 +42,8 @@ def replace(path: Path, write: Callable[[Path], object], *, mode: int = 0o666) -
             part.touch(mode)
             mode = part.stat().st_mode  # without the umask; safetensors' own is 0600
             write(part)
-            part.chmod(mode)
+            with suppress(OSError):  # some network drives refuse it
+                part.chmod(mode)
             os.replace(part, path)
         except BaseException:
             with suppress(OSError):
@@ -72,7 +65,7 @@ def finite(content):
 
 
 def save_text(path: Path, content: str) -> None:
-    replace(path, lambda part: part.write_text(content))
+    replace(path, lambda part: part.write_text(content, "utf-8"))
 
 
 def save_json(path: Path, content: dict) -> None:
@@ -85,6 +78,8 @@ def save_lines(path: Path, rows: list[dict]) -> None:
 
 
 def save_tensors(path: Path, content: dict) -> None:
+    import torch  # slow, and --help needs none
+
     replace(path, lambda part: torch.save(content, part))
 
 
@@ -101,7 +96,9 @@ def read_file(path: Path, read: Callable[[Path], object]):
         raise UserError(f"{path} cannot be used ({reason}): put a copy of it back") from error
 
 
-def load_tensors(path: Path, device: torch.device | str = "cpu"):
+def load_tensors(path: Path, device="cpu"):
+    import torch
+
     return read_file(path, lambda file: torch.load(file, map_location=device))
 
 
@@ -112,7 +109,7 @@ def append(path: Path, rows: list[dict]) -> None:
 
 
 def read_json(path: Path) -> dict:
-    return json.loads(path.read_text())
+    return json.loads(path.read_bytes())
 
 
 def read_lines(path: Path) -> list[dict]:
@@ -123,7 +120,7 @@ def read_lines(path: Path) -> list[dict]:
         try:
             rows.append({**json.loads(line)})
         except (ValueError, TypeError) as error:
-            message = f"{path}, line {number}: this is no JSON object ({error}): mend the line"
+            message = f"{path}, line {number}: this is no JSON object ({error}): correct the line"
             raise UserError(message) from error
     return rows
 
@@ -148,7 +145,8 @@ class Lock:
             lock.acquire(timeout=0)
         except Timeout:
             raise UserError(
-                f"{folder} is at work in another process: wait for it, or stop it"
+                f"{folder} is at work in another process: wait for it, or stop it; if there is "
+                f"none, on another machine either, delete {folder / '.lock'}"
             ) from None
         except OSError as error:
             raise UserError(f"{folder} cannot be written ({error.strerror})") from error

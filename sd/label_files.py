@@ -45,7 +45,6 @@ dealt out by quality, so that each group has good ones and bad ones.
 import itertools
 import math
 import os
-from argparse import Namespace
 from collections import defaultdict
 from collections.abc import Hashable
 from pathlib import Path
@@ -293,18 +292,3 @@ def merge(votes: list[tuple[str, list[Pair]]]) -> list[Group]:
         place = {image: k for k, image in enumerate(images)}
         result.append(Group(prompt, [*images], [(place[a], place[b]) for a, b in pairs]))
     return result
-
-
-def epochs_of_pass(groups: int) -> int:
-    """Epochs in which so many groups are trained on once."""
-    return math.ceil(groups / EPOCH_GROUPS)
-
-
-def passes_over_given(args: Namespace) -> int:
-    """How often a run trains on all images of --labels."""
-    return args.passes if args.objective else args.epochs
-
-
-def epochs_given(args: Namespace) -> int:
-    """The epochs, the first ones, that sample nothing and train on the images of --labels."""
-    return passes_over_given(args) * epochs_of_pass(args.groups_given)

@@ -49,8 +49,10 @@ from sd import UserError, tables
 class Label(NamedTuple):
     """A comparison of images of one batch."""
 
-    chains: list[int]  # rows of the batch that the images came from, in the order of row["images"]
-    row: dict  # line of labels.jsonl
+    chains: Sequence[int]  # rows of the batch that the images came from
+    field: str  # what the answer is: "h" of two images, or "bad", tags of K
+    answer: int | list[bool] | None  # None: skipped, or an image has no score
+    scores: Tensor | None = None  # (S, K) of S scorers; None where people judge
 
 
 def pareto_preference(scores_a: Tensor, scores_b: Tensor) -> Tensor:
@@ -73,14 +75,14 @@ def pairs_from_labels(labels: list[Label]) -> Tensor:
     Paper: Alg. 1 lines 12-22; tags: Sec. 5.2.
     """
     pairs = [torch.empty(0, 2, dtype=torch.long)]
-    for chains, row in labels:
-        if row[answer_field(row)] is None:
+    for label in labels:
+        if label.answer is None:
             continue
-        if answer_field(row) == "bad":
-            inside = d3po.pairs_from_tags(torch.tensor([row["bad"]]))
+        if label.field == "bad":
+            inside = d3po.pairs_from_tags(torch.tensor([label.answer]))
         else:
-            inside = d3po.pairs_from_feedback(torch.tensor([row["h"]]))
-        pairs.append(torch.tensor(chains)[inside])
+            inside = d3po.pairs_from_feedback(torch.tensor([label.answer]))
+        pairs.append(torch.tensor(label.chains)[inside])
     return torch.cat(pairs)
 
 
@@ -101,12 +103,27 @@ def scores_from_labels(labels: list[Label], cond: Tensor) -> Tensor | None:
     score, which then is neither good nor bad. cond (B,): of the batch, for its device.
     """
     scores = torch.full(cond.shape, math.nan, device=cond.device)
-    for chains, row in labels:
-        if row["scores"] is None or isinstance(row["scores"][0], list):
+    for label in labels:
+        if label.scores is None or len(label.scores) > 1:
             return None
-        known = [math.nan if score is None else score for score in row["scores"]]
-        scores[chains] = torch.tensor(known, device=cond.device)
+        scores[list(label.chains)] = label.scores[0].to(scores)
     return scores.where(scores.isfinite(), scores.nanmean().nan_to_num())
+
+
+def label_row(label: Label, epoch: int, *, prompts: list[str], images: list[str]) -> dict:
+    """A label as a line of labels.jsonl; prompts, images: of each chain of its batch."""
+    scores = None
+    if label.scores is not None:
+        rows = label.scores.T.tolist()  # of each image
+        values = [[score if math.isfinite(score) else None for score in row] for row in rows]
+        scores = values if len(label.scores) > 1 else [score for (score,) in values]
+    return {
+        "epoch": epoch,
+        "prompt": prompts[label.chains[0]],
+        "images": [images[k] for k in label.chains],
+        "scores": scores,
+        label.field: label.answer,
+    }
 
 
 def answer_field(question: dict) -> str:

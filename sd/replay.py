@@ -8,7 +8,7 @@ every later policy. RUN/latents keeps
                   run never samples again what people have judged
 """
 
-from argparse import Namespace
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -20,14 +20,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 import d3po
-from sd import files
+from sd import files, label_files
 from sd.images import open_image
-from sd.label_files import EPOCH_GROUPS, epochs_of_pass, read_label_file
+from sd.model import join_chains
 from sd.pipeline import Conditioning, decode, encode
 from sd.seeds import RandomPurpose, seeded_generator
 
 
-class Group(NamedTuple):
+class LatentGroup(NamedTuple):
     """K images of one prompt, and which is better than which."""
 
     prompt: str
@@ -43,25 +43,30 @@ class LabelledBatch(NamedTuple):
     cond: Tensor  # (B,) numbers of prompts
     pairs: Tensor  # (P, 2) rows (winner, loser)
     scores: Tensor | None = None  # (B,); None where there is not one score an image
+    sampled: bool = True  # False: redrawn, so trajectory.log_prob is of nobody
 
 
 class ReplayBuffer:
     """The labelled groups of a run, the same on every process.
 
-    prompts: all that have a number.
+    folder: RUN/latents. batch_size: groups of a batch on each process. prompts: all that have a
+    number.
     """
 
     def __init__(
         self,
-        args: Namespace,
-        accelerator: Accelerator,
+        folder: Path,
         schedule: d3po.Schedule,
         prompts: list[str],
+        *,
+        seed: int,
+        batch_size: int,
+        accelerator: Accelerator,
     ):
-        self.folder, self.seed, self.batch_size = args.out / "latents", args.seed, args.batch_size
-        self.accelerator, self.schedule, self.prompts = accelerator, schedule, prompts
+        self.folder, self.schedule, self.prompts = folder, schedule, prompts
+        self.seed, self.batch_size, self.accelerator = seed, batch_size, accelerator
         self.numbers = {prompt: number for number, prompt in enumerate(prompts)}
-        self.groups: list[Group] = []
+        self.groups: list[LatentGroup] = []
 
     @property
     def labels(self) -> int:
@@ -76,26 +81,26 @@ class ReplayBuffer:
             groups += split(batch, prompts, images_per_prompt)
         self.keep(epoch, groups)
 
-    def keep(self, epoch: int, groups: list[Group]) -> None:
+    def keep(self, epoch: int, groups: list[LatentGroup]) -> None:
         groups = gather_object(groups)
         self.groups += groups
         if groups and self.accelerator.is_main_process:
             content = [tuple(group) for group in groups]
             files.save_tensors(group_file(self.folder, epoch), content)
 
-    def load(self, epochs_done: int, given: list[Group]) -> None:
-        """Take up the groups of these epochs; given: of --labels, in a run that starts."""
-        self.keep(0, given)
+    def load(self, epochs_done: int, of_labels: list[LatentGroup]) -> None:
+        """Load the groups of these epochs; of_labels: those of --labels."""
+        self.keep(0, of_labels)
         if self.accelerator.is_main_process:
             self.drop_batches(epochs_done)
-        for epoch in range(1 if self.groups else 0, epochs_done + 1):
+        for epoch in range(1, epochs_done + 1):
             self.groups += load_groups(self.folder, epoch)
 
-    def draw_given(self, epoch: int) -> Iterator[LabelledBatch]:
-        """The share of this epoch in a pass over the groups of --labels, in random order."""
-        epochs = epochs_of_pass(len(self.groups))
-        passes_done, part = divmod(epoch - 1, epochs)
-        order = self.shuffled(passes_done, 0)[part * EPOCH_GROUPS :][:EPOCH_GROUPS]
+    def draw_part(self, epoch: int, parts: int) -> Iterator[LabelledBatch]:
+        """The share of an epoch in a pass over all groups, in random order, cut into parts."""
+        passes_done, part = divmod(epoch - 1, parts)
+        size = label_files.EPOCH_GROUPS
+        order = self.shuffled(passes_done, 0)[part * size :][:size]
         across = self.batch_size * self.accelerator.num_processes
         for n, first in enumerate(range(0, len(order), across)):
             yield self.redraw(order[first : first + across], epoch, n)
@@ -134,6 +139,7 @@ class ReplayBuffer:
             trajectory=d3po.Trajectory(x, log_prob),
             cond=torch.tensor(cond, device=device),
             pairs=torch.cat(pairs) if own else torch.empty(0, 2, dtype=torch.long),
+            sampled=False,
         )
 
     # The epoch in hand
@@ -143,14 +149,17 @@ class ReplayBuffer:
 
     def keep_batch(self, epoch: int, first: int, trajectory: d3po.Trajectory) -> None:
         """Keep sampled trajectories; first: the number of their first group."""
-        tensors = [tensor.cpu() for tensor in trajectory]
-        files.save_tensors(self.batch_file(epoch, first), tensors)
-
-    def kept_batch(self, epoch: int, first: int) -> d3po.Trajectory | None:
         file = self.batch_file(epoch, first)
         if not file.exists():
+            files.save_tensors(file, [tensor.cpu().clone() for tensor in trajectory])
+
+    def kept_trajectory(self, epoch: int, firsts: range) -> d3po.Trajectory | None:
+        """The trajectories of batches with these first groups; None if one is not kept."""
+        kept = [self.batch_file(epoch, first) for first in firsts]
+        if not all(file.exists() for file in kept):
             return None
-        return d3po.Trajectory(*files.load_tensors(file, self.accelerator.device))
+        parts = [files.load_tensors(file, self.accelerator.device) for file in kept]
+        return join_chains([d3po.Trajectory(*tensors) for tensors in parts])
 
     def drop_batches(self, epochs_done: int) -> None:
         for file in self.folder.glob("e*_p*.pt"):
@@ -162,13 +171,13 @@ def group_file(folder: Path, epoch: int) -> Path:
     return folder / f"e{epoch:03}.pt"
 
 
-def load_groups(folder: Path, epoch: int) -> list[Group]:
+def load_groups(folder: Path, epoch: int) -> list[LatentGroup]:
     """The groups of an epoch; none where it has no file."""
     file = group_file(folder, epoch)
-    return [Group(*parts) for parts in files.load_tensors(file)] if file.exists() else []
+    return [LatentGroup(*parts) for parts in files.load_tensors(file)] if file.exists() else []
 
 
-def split(batch: LabelledBatch, prompts: list[str], images_per_prompt: int) -> list[Group]:
+def split(batch: LabelledBatch, prompts: list[str], images_per_prompt: int) -> list[LatentGroup]:
     """The groups of K chains of a batch that have pairs; prompts: of each chain."""
     x_T, x_0, K = batch.trajectory.x[0].cpu(), batch.trajectory.x[-1].cpu(), images_per_prompt
     groups = []
@@ -176,38 +185,22 @@ def split(batch: LabelledBatch, prompts: list[str], images_per_prompt: int) -> l
         pairs = batch.pairs[batch.pairs[:, 0] // K == start // K] - start
         if len(pairs):
             x_0_of_group = x_0[start : start + K].clone()
-            groups.append(Group(prompts[start], x_0_of_group, x_T[start].clone(), pairs))
+            groups.append(LatentGroup(prompts[start], x_0_of_group, x_T[start].clone(), pairs))
     return groups
 
 
-class Given:
-    """What --labels brings: prompts, and for a run that starts, groups of images.
+def parts_of_pass(groups: int) -> int:
+    """Epochs in which so many groups are trained on once: a run can stop within a long pass."""
+    return math.ceil(groups / label_files.EPOCH_GROUPS)
 
-    A run that is resumed has encoded them. Raises UserError as `read_label_file` does.
-    """
 
-    def __init__(self, args: Namespace, accelerator: Accelerator):
-        self.label_file, groups = None, []
-        run = args.resume or args.evaluate
-        if args.labels and run:
-            groups = load_groups(run / "latents", 0)
-        if args.labels and not groups:
-            self.label_file = read_label_file(Path(args.labels), args.images and Path(args.images))
-            accelerator.print(self.label_file.describe())
-            groups = self.label_file.groups
-        self.prompts = list(dict.fromkeys(group.prompt for group in groups))
-        self.groups, self.pairs = len(groups), sum(len(group.pairs) for group in groups)
-
-    def encode(self, conditioning: Conditioning) -> list[Group]:
-        """The groups of the file, images resized and centre-cropped to the model's size."""
-        if self.label_file is None:
-            return []
-        pipe, groups = conditioning.pipe, []
-        blank = torch.zeros_like(conditioning.latents[:1], dtype=torch.float32)
-        size = decode(pipe, blank, conditioning, names=["a blank image"])[0].size
-        files = self.label_file.groups
-        for prompt, images, pairs in tqdm(files, "encode images", unit=" groups", delay=2):
-            opened = [open_image(file, size) for file in images]
-            x_0 = encode(pipe, opened, names=[str(file) for file in images]).cpu()
-            groups.append(Group(prompt, x_0, None, torch.tensor(pairs)))
-        return groups
+def encode_groups(groups: list[label_files.Group], conditioning: Conditioning) -> list[LatentGroup]:
+    """The groups of a label file, images resized and centre-cropped to the model's size."""
+    pipe, encoded = conditioning.pipe, []
+    blank = torch.zeros_like(conditioning.latents[:1], dtype=torch.float32)
+    size = decode(pipe, blank, conditioning, names=["a blank image"])[0].size
+    for prompt, images, pairs in tqdm(groups, "encode images", unit=" groups", delay=2):
+        opened = [open_image(file, size) for file in images]
+        x_0 = encode(pipe, opened, names=[str(file) for file in images]).cpu()
+        encoded.append(LatentGroup(prompt, x_0, None, torch.tensor(pairs)))
+    return encoded

@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from sd_helpers import make_pipeline
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
-from sd import bench_cost, cost, options
-from sd.bench_models import ARCHITECTURES, SD15, random_models, small
+from sd import bench_cost, options
+from sd.bench_models import ARCHITECTURES, build, small, without_data
+from sd.pipeline import load_pipeline
 
 UNET = {
     "block_out_channels": (8, 16),
@@ -37,20 +38,20 @@ def emoji(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def setup(emoji):
-    return bench_cost.Setup("--model", str(emoji))
+    return bench_cost.Setup(partial(load_pipeline, str(emoji), "fp32"))
 
 
 def gradient(bench, run):
     """Of all the updates of a pass together; the weights stay."""
-    found = []
+    gradients = []
 
     def step():
-        found.append(torch.cat([weight.grad.flatten() for weight in bench.setup.lora]))
+        gradients.append(torch.cat([weight.grad.flatten() for weight in bench.setup.lora]))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(bench.setup.optimizer, "step", step)
         run()
-    return sum(found)
+    return sum(gradients)
 
 
 def test_all_structures_are_the_same_mathematics(setup):
@@ -136,16 +137,15 @@ def test_memory_is_flat_here_and_grows_in_autograd_over_the_chain(setup, monkeyp
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_what_is_counted_without_data_is_what_a_pass_with_data_takes(name):
-    def counts(*flags):
-        bench = bench_cost.Bench(bench_cost.Setup(*bench_cost.ONE_PAIR, *flags), 1, 2)
+    def counts(load, **settings):
+        bench = bench_cost.Bench(bench_cost.Setup(load, **settings), 1, 2)
         sides = bench_cost.training(bench)[:2] + bench_cost.sampling(bench)[:1]
         return [bench_cost.count(side) for side in sides]
 
     architecture = small(ARCHITECTURES[name])
-    with random_models(architecture, "cpu"):
-        real = counts("--precision", "bf16")
-    with random_models(architecture, "meta"):
-        counted = counts()
+    real = counts(partial(build, architecture, torch.bfloat16, "cpu"), precision="bf16")
+    with without_data(architecture) as load:
+        counted = counts(load)
     for one, other in zip(real, counted, strict=True):
         assert one["rows"] == other["rows"] and one["gflop"] == pytest.approx(other["gflop"])
         assert one["grown_gb"] == pytest.approx(other["grown_gb"], rel=0.04)  # text is real
@@ -213,15 +213,3 @@ def test_the_committed_page_has_the_committed_numbers_and_they_reach_their_targe
         ratio = {row["name"]: row["ratio"][0] for row in part["rows"]}
         assert ratio["released structure, pair after pair"] < 0.6
         assert ratio["K = 7, 3 tagged: released, the 12 pairs"] < 0.12
-
-
-@pytest.mark.slow
-def test_sd_demo_announces_the_memory_that_is_counted():
-    results = json.loads((bench_cost.RESULTS / "cost.json").read_text())
-    rows = {row["name"]: row for row in results[SD15_COUNTED]["rows"]}
-    with random_models(SD15, "meta"):
-        setup = bench_cost.Setup(*bench_cost.ONE_PAIR)
-        for checkpointing, name in enumerate(("here, previous", "here, previous, checkpointed")):
-            setup.args.gradient_checkpointing = bool(checkpointing)
-            announced = cost.estimate(setup.model, setup.args, 1).memory_gb
-            assert announced == pytest.approx(rows[name]["peak_gb"], rel=0.03)

@@ -1,132 +1,92 @@
-"""sd/bench_paper.py: what a sweep chooses, what the tables count, and the committed page."""
+"""sd/bench_paper.py and its sweep: what is counted, compared and chosen, and the committed page."""
 
-import builtins
-import json
-from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from sd import bench_paper, options, prompts
-from sd.bench_paper import PANELS, Job
+from sd import bench, bench_paper, bench_sweep, options, prompts
+from sd.bench import CHAIN
+from sd.bench_paper import PANELS, SEEDS, TUNED, make_jobs, rows_per_image
 
 
-def job(value, method="DDPO", seed=5):
-    return Job("compressibility", method, 1.5e-3, value, seed)
+def result(curve, after, before=None, **key):
+    """A run: scores by images sampled, and what its end and its start are."""
+    judged = {"prompts": "animals", "animals": 1.0, "log_prob": -0.1, "kl": 1.0, "score": -2.0}
+    points = [{"images": n, "score": s, "animals": 1.0, "kl": 0.0} for n, s in curve.items()]
+    rows = [judged | {"after": 0} | (before or {}), judged | {"after": 1} | after]
+    return {"curve": points, "judged": rows, **key}
 
 
-def ended(score, animals):
-    curve = [
-        {"images": 0, "score": -2.0, "animals": 0.9, "kl": 0.0},
-        {"images": 32, "score": score, "animals": animals, "kl": 1.0},
-    ]
-    return {"curve": curve, "judged": []}
+def test_rows_are_counted_from_the_settings():
+    base = {"num_steps": 10, "skip_last": 2, "prompts_per_epoch": 4, "images_per_prompt": 8}
+    plain = {**base, "batch_size": 4, "replay": 0, "lr": 1e-3, "beta": 0.1}
+    assert rows_per_image({**plain, "loss": "eq14"}) == 10 + 10 + 3 * 8
+    assert rows_per_image({**plain, "loss": "eq14", "reference": "previous"}) == 10 + 3 * 8
+    assert rows_per_image({**plain, "loss": "ddpo", "clip": 0.1}) == 10 + 3 * 8
+    assert rows_per_image({**plain, "loss": "dpok"}) == 10 + 8 + 3 * 8
+    assert rows_per_image({**plain, "loss": "sft", "beta": 0}) == 10 + 3 * 8 * 7 / 8
+    chain = {**base, "batch_size": 1, "loss": "chain", "lr": 1e-3, "beta": 0.1}
+    assert rows_per_image({**chain, "replay": 0}) == 10 + 10 + 8 + 3 * 8
+    assert rows_per_image({**chain, "replay": 4}) == 10 + 2 * (10 + 8 + 3 * 8)  # as many again
 
 
-def test_a_sweep_chooses_the_best_score_of_those_that_keep_the_animals():
-    sweep = {
-        job(0.1): ended(-1.0, 0.5),  # the best score, and half of the animals gone
-        job(0.2): ended(-1.5, 0.86),
-        job(0.3): ended(-1.8, 0.9),
-        job(0.4): {"curve": [], "judged": [], "failed": "not finite"},
-        job(0.5, "DPOK"): ended(-1.1, 0.9),
+def test_methods_are_compared_at_equal_images_and_equal_rows():
+    name = "compressibility"
+    line = {0: -2.0, 128: -1.8, 256: -1.7, 384: -1.6}
+    runs = {method: [] for method in PANELS[name].methods}
+    runs[CHAIN] = [result(line, {}), result({0: -2.0, 128: -1.6}, {})]  # the second stopped early
+    _, _, *lines = bench_paper.curve_table(name, runs).strip().splitlines()
+    cells = [cell.strip() for cell in lines[0].split("|")[1:-1]]
+    assert cells[0] == CHAIN
+    assert [cell.split()[0] for cell in cells[2:5]] == ["-1.700", "-1.650", "-1.600"]
+    per_image = {m: rows_per_image(bench_paper.settings_of(name, m)) for m in runs}
+    share = min(per_image.values()) / per_image[CHAIN]
+    at_rows = np.interp(384 * share, [*line], [*line.values()])
+    other = np.interp(384 * share, [0, 128], [-2.0, -1.6])
+    assert float(cells[5].split()[0]) == pytest.approx((at_rows + other) / 2, abs=6e-4)
+
+
+def test_the_best_keeps_the_animals_and_scores_are_seen_apart():
+    runs = {
+        CHAIN: [result({0: -2.0}, {"score": -1.8, "animals": 0.98})],
+        TUNED: [result({0: -2.0}, {"score": -1.5, "animals": 0.96})],  # too few animals
+        "DPOK": [result({0: -2.0}, {"score": -1.7, "animals": 0.99})],
     }
-    assert bench_paper.best(sweep, "DDPO") == job(0.2)
-    assert bench_paper.best({job(0.1): sweep[job(0.1)]}, "DDPO") == job(0.1)
-    assert bench_paper.best({job(0.4): sweep[job(0.4)]}, "DDPO") is None
-    points = bench_paper.collect(sweep)["compressibility"]["sweep"]
-    assert [point["chosen"] for point in points] == [False, True, False, False, True]
-    finals = bench_paper.final_jobs("incompressibility", sweep)
-    chosen = [final for final in finals if final.method == "DDPO"]
-    assert [final.seed for final in chosen] == [0, 1, 2, 3, 4]
-    assert {final.value for final in chosen} == {0.2}  # by the sweep of compressibility
+    said = bench_paper.best(runs)
+    assert "97% of the animals: DPOK" in said and "pairs alone: whole chain." in said
 
 
-def test_a_part_that_runs_elsewhere_leaves_the_rest_and_finds_the_sweep(
-    tmp_path, monkeypatch, no_figures
-):
-    monkeypatch.setattr(bench_paper, "RESULTS", tmp_path)
-    sweep = {job(0.01): ended(-1.6, 0.9), job(0.1): ended(-1.5, 0.9)}
-    bench_paper.write(bench_paper.collect(sweep), tmp_path)
-    started = []
-
-    def run(one, work, quick):
-        started.append(one)
-        (work / one.name).mkdir()
-        (work / one.name / "result.json").write_text(json.dumps(ended(-1.9, 0.9)))
-        return ended(-1.9, 0.9)
-
-    monkeypatch.setattr(bench_paper, "run", run)
-    monkeypatch.setattr(bench_paper, "ProcessPoolExecutor", lambda *_, **__: nullcontext(builtins))
-    where = ["--work", str(tmp_path / "work")]
-    bench_paper.main([*where, "--panels", "incompressibility", "--seeds", "1"])
-    assert not {*sweep} & {*started}
-    finals = [one for one in started if one.panel == "incompressibility"]
-    assert [one.value for one in finals if one.method == "DDPO"] == [0.1]
-    bench_paper.main([*where, "--panels", "tags", "--seeds", "1"])
-    kept = json.loads((tmp_path / "paper.json").read_text())["compressibility"]["sweep"]
-    assert [point["value"] for point in kept if point["method"] == "DDPO"][:2] == [0.01, 0.1]
-    started.clear()
-    bench_paper.main([*where, "--panels", "compressibility", "--seeds", "1"])
-    assert {*sweep} <= {*started}  # who asks for a panel measures its sweep too
-    started.clear()
-    bench_paper.main([*where, "--panels", "compressibility", "--seeds", "1"])
-    assert not started
-
-
-def test_every_run_is_a_command_line_with_equally_many_images():
+def test_every_run_is_a_call_and_methods_sample_equally_many_images():
     for panel in PANELS:
-        jobs = bench_paper.sweep_jobs(panel, quick=False) + bench_paper.final_jobs(panel, {})
-        images = set()
+        jobs, images = make_jobs([panel], SEEDS), {}
         assert len({job.name for job in jobs}) == len(jobs)
-        for one in jobs:
-            _, args = options.parse(["--model", str(options.EMOJI), *one.flags.split()])
-            images.add(args.epochs * args.prompts_per_epoch * args.images_per_prompt)
-        assert len(images) == 1, panel
-
-
-def test_failures_are_halved_at_the_first_clicks_where_the_mean_is():
-    def result(*shares):
-        rows = [
-            {"after": 16 * n, "prompts": "animals", "score": share, "animals": 0.9, "kl": 1.0}
-            for n, share in enumerate(shares)
-        ]
-        return {"judged": rows}
-
-    runs = {"default": [result(0.2, 0.16, 0.08, 0.04, 0.04, 0.04), result(0.2, 0.12, 0.1)]}
-    assert bench_paper.bad_shares(runs["default"])[80] == [0.04, 0.1]  # one stopped early
-    page = bench_paper.tags_table(runs)
-    assert (
-        "| default | 2 | 20.0% | 14.0% | 9.0% | 7.0% | 7.0% | 7.0% | 32 clicks, 224 tags |" in page
-    )
-    assert "| Eq. 14 | 0 |" in page and "not measured yet" in page
-
-
-def test_a_curve_that_stopped_early_stays_as_it_was():
-    lines = [
-        [{"images": 0, "score": -2.0}, {"images": 32, "score": -1.5}],
-        [{"images": 0, "score": -2.1}, {"images": 32, "score": -1.6}, {"images": 64, "score": -1}],
-    ]
-    images, curves = bench_paper.held(lines, "score")
-    assert images == [0, 32, 64]
-    assert curves.tolist() == [[-2.0, -1.5, -1.5], [-2.1, -1.6, -1.0]]
+        for job in jobs:
+            given = {"objective": "tags"} if panel == "tags" else {}
+            args = options.make_settings(**job.settings, **given, device="cpu")
+            count = args.epochs * args.prompts_per_epoch * args.images_per_prompt
+            images[job.key["method"]] = count
+            assert count == bench_paper.images_of(panel, job.key["method"])
+            assert {n % (args.eval_every * 32) for n in PANELS[panel].counts} <= {0}
+        if PANELS[panel].settings.get("num_steps") == 3:  # Table 1: the whole chain has a quarter
+            assert images.pop(CHAIN) == 320
+        assert len(set(images.values())) == 1, panel
 
 
 def test_a_person_prefers_as_eq_3_says():
     """Of two images whose log-probabilities differ by 1, the better in logistic(1) = 73 %."""
-
-    def run(seed):
-        rows = [
-            {"after": after, "prompts": "animals", "each": [value] * 4000}
-            for after, value in ((0, -1.0), (1, 0.0))
-        ]
-        return {"judged": rows, "seed": seed}
-
-    said = bench_paper.preferred({"default": [run(0), run(1)]})
-    share = float(said["default"].partition("%")[0]) / 100
+    run = result({0: 0.0}, {"each": [0.0] * 4000}, before={"each": [-1.0] * 4000})
+    shares = bench_paper.preferred({CHAIN: [run, run]})
+    share = float(shares[CHAIN].partition("%")[0]) / 100
     assert share == pytest.approx(1 / (1 + np.exp(-1)), abs=0.015)
-    assert said["none"].startswith(f"{1 - share:.1%}")
+    assert shares["none"].startswith(f"{1 - share:.1%}")
+
+
+def test_bad_images_have_a_row_for_each_number_of_clicks():
+    runs = {CHAIN: [result({}, {"score": score, "after": 16}) for score in (0.1, 0.3)]}
+    *_, last = bench_paper.tags_table(runs).strip().splitlines()
+    assert last == f"| {CHAIN} | 2 | 16 | 112 | 20.0% | 30.0% | 100.0% |"
+    assert "Not measured yet" in bench_paper.tags_table({CHAIN: []})
 
 
 def test_the_unseen_animals_are_a_fifth_of_the_45_and_no_others():
@@ -135,28 +95,70 @@ def test_the_unseen_animals_are_a_fifth_of_the_45_and_no_others():
     assert unseen == animals[4::5] and seen == [a for a in animals if a not in unseen]
 
 
+def sweep_runs(values, gains, *, animals=1.0):
+    """Of a point: every task and seed; gains: of the tasks."""
+    runs = []
+    for task, gain in zip(bench_sweep.TASKS, gains, strict=True):
+        for seed in bench_sweep.SEEDS:
+            point = bench_sweep.CENTRE | values
+            end = {"score": -2.0 + gain, "animals": animals if task == "warm" else 1.0}
+            runs.append(result({}, end, task=task, seed=seed, **point))
+    return runs
+
+
+def test_the_sweep_chooses_by_all_tasks_together_and_keeps_the_animals_in_each():
+    points = bench_sweep.summary(
+        sweep_runs({"lr": 1e-3, "beta": 0.1}, (0.4, 0.1, 1, 1, 1))
+        + sweep_runs({"lr": 1e-3, "beta": 0.2}, (0.2, 0.4, 1, 1, 1))
+        + sweep_runs({"lr": 5e-3, "beta": 0.1}, (9, 9, 9, 9, 9), animals=0.96)
+        + sweep_runs({"lr": 5e-3, "beta": 0.2}, (9, 9, 9, 9, 9))[1:]  # not complete
+    )
+    assert len(points) == 3
+    scores = bench_sweep.scores(points)
+    expected = np.mean([0.2 / 9, 0.4 / 9, *[1 / 9] * 3])
+    assert scores[1e-3, 0.2, 4, 3] == pytest.approx(expected)
+    assert bench_sweep.best(points) == (1e-3, 0.2, 4, 3)
+    page = bench_sweep.page(points)
+    assert page.count("| x |") == len(bench_sweep.TASKS)
+    assert "| 0.005 | 0.1 | 4 | 3 | warm | +9.000 | 96.0% | 1.0 | 1.00 |" in page
+
+
+def test_every_point_of_the_sweep_is_a_call():
+    for values in (
+        *bench_sweep.GRID,
+        *({"lr": 1e-3, "beta": 0.1, **v} for v in bench_sweep.AROUND),
+    ):
+        for job in bench_sweep.jobs_at(values):
+            asked = {"objective": "human"} if job.key["task"] in bench_sweep.PEOPLE else {}
+            args = options.make_settings(**job.settings, **asked, device="cpu")
+            assert (args.loss, args.eval_every) == ("chain", 1)
+            assert values.items() <= vars(args).items()
+
+
 def test_the_committed_page_has_the_committed_numbers():
-    content = json.loads((bench_paper.RESULTS / "paper.json").read_text())
-    page = (bench_paper.RESULTS / "paper.md").read_text()
-    assert page.split(bench_paper.MARK)[1] == bench_paper.page(content)
-    for figure in bench_paper.FIGURES.values():
-        assert (f"({figure})" in page) == (bench_paper.RESULTS / figure).exists()
+    page = (bench.RESULTS / "paper.md").read_text()
+    runs = bench.finished(bench.RESULTS / "paper.json", make_jobs([*PANELS], SEEDS))
+    assert page.split(bench_paper.MARK)[1] == bench_paper.page(runs)
+    jobs = [job for values in bench_sweep.GRID for job in bench_sweep.jobs_at(values)]
+    points = bench_sweep.summary(bench.finished(bench.RESULTS / "sweep.json", jobs))
+    assert bool(points) == ("| chosen |" in page.split(bench_sweep.MARK)[1])
+    for figure in bench_paper.FIGURES:
+        assert (f"({figure})" in page) <= (bench.RESULTS / figure).exists()
 
 
 @pytest.mark.slow
-def test_a_run_is_judged_and_found_again(tmp_path, monkeypatch, no_figures):
-    monkeypatch.setattr(bench_paper, "QUICK", f"{bench_paper.QUICK} --lora-rank 4")
-    for one in (
-        Job("alignment", "Reward Weighted", 5e-4, 0.3, 0),
-        Job("tags", "default", 1.5e-3, None, 0),
-        Job("unseen animals", "default", 1.5e-3, None, 0),
-    ):
-        (tmp_path / one.name / "images").mkdir(parents=True)  # killed on its way
-        result = bench_paper.run(one, tmp_path, quick=True)
-        names = [Path(name).stem for name in PANELS[one.panel].prompts]
-        assert [row["prompts"] for row in result["judged"]] == [n for n in names for _ in (0, 1)]
-        assert result["judged"][0]["kl"] == 0 != result["judged"][-1]["kl"]
-        assert bench_paper.done([one], tmp_path) == {one: result}
-        content = bench_paper.collect({one: result})
-        bench_paper.write(content, tmp_path)
-        assert f"| {one.method}" in (tmp_path / "paper.md").read_text()
+def test_a_run_is_judged_and_stands_on_the_page(tmp_path, monkeypatch, no_figures):
+    monkeypatch.setitem(bench_paper.QUICK, "lora_rank", 4)
+    chosen, runs = [("alignment", "Reward Weighted"), ("unseen animals", CHAIN)], []
+    for job in make_jobs(["alignment", "unseen animals"], 1, quick=True):
+        if (job.key["panel"], job.key["method"]) in chosen:
+            run = bench_paper.measure(job, tmp_path / job.name, quick=True)
+            panel = PANELS[job.key["panel"]]
+            names = [Path(name).stem for name in panel.prompts for _ in range(2)]
+            assert [row["prompts"] for row in run["judged"]] == names
+            assert all(("each" in row) == panel.compared for row in run["judged"])
+            assert run["judged"][0]["kl"] == 0 != run["judged"][-1]["kl"]
+            runs.append({**run, **job.key})
+    page = bench_paper.page(runs)
+    assert "| Reward Weighted | 1 | 32 |" in page
+    assert all(f"| {CHAIN} | {name} | 1 | 32 |" in page for name in ("seen_36", "unseen_9"))

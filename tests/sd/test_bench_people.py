@@ -1,156 +1,118 @@
 """sd/bench_people.py: simulated people mean what they say, and the page has the numbers."""
 
-import json
-from argparse import Namespace
-from itertools import product
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 from sd_helpers import read_rows
 
-from sd import bench_people, files, options
-from sd.bench import BLANK_KB
-from sd.bench_people import FILE, TASTES, Job, SimulatedPerson, Taste
-
-PLAIN = bench_people.RESULTS / "people.json"
-
-
-@pytest.fixture
-def person(tmp_path):
-    """A person with a taste, and a function that asks about images of one colour each."""
-
-    def make(taste: Taste):
-        one = SimulatedPerson.__new__(SimulatedPerson)
-        one.args, one.taste, one.clicks = Namespace(out=tmp_path, seed=0), taste, 0
-
-        def ask(*colours, field="h", times=1):
-            names = []
-            for n, colour in enumerate(colours):
-                picture = np.full((64, 64, 3), colour, np.uint8)
-                Image.fromarray(picture).save(tmp_path / f"{n}.png")
-                names.append(f"{n}.png")
-            row = {"epoch": 1, "prompt": "a cat", "images": names, "scores": None, field: None}
-            return [answer[field] for answer in one.collect_labels([row] * times)]
-
-        return one, ask
-
-    return make
-
+from sd import bench, bench_people, options
+from sd.bench import BLANK_KB, CHAIN
+from sd.bench_people import FILE, RECIPES, TASTES, SimulatedPerson, Taste
 
 RED, GREY, BLUE = (200, 20, 20), (90, 90, 90), (20, 20, 200)
 
 
-def test_answers_follow_the_taste_and_one_in_ten_does_not(person):
-    sure, ask = person(TASTES["warm"]._replace(random=0))
-    assert ask(RED, BLUE) == [1] and ask(BLUE, RED) == [-1] and ask(GREY, GREY) == [0]
-    assert sure.clicks == 3
-    _, ask = person(TASTES["warm"])
-    answers = np.array(ask(RED, BLUE, times=1000))
+@pytest.fixture
+def ask(tmp_path):
+    """A function that asks somebody with a taste about images of one colour each."""
+
+    def make(taste: Taste, *colours, times=1):
+        pictures = [np.full((64, 64, 3), colour, np.uint8) for colour in colours]
+        images = [Image.fromarray(picture) for picture in pictures]
+        batch = SimpleNamespace(images=images, prompts=["a cat"] * len(images))
+        batch.groups = [range(len(images))] * times
+        person = SimulatedPerson(taste, seed=0, folder=tmp_path)
+        ((*labels,),) = person.label([batch], 1)
+        assert all(label.chains == range(len(images)) for label in labels)
+        return [label.answer for label in labels]
+
+    return make
+
+
+def test_answers_follow_the_taste_and_one_in_ten_does_not(ask):
+    sure = TASTES["warm"]._replace(random=0)
+    assert ask(sure, RED, BLUE) == [1] and ask(sure, BLUE, RED) == [-1]
+    assert ask(sure, GREY, GREY) == [0]
+    answers = np.array(ask(TASTES["warm"], RED, BLUE, times=1000))
     assert set(answers) == {-1, 1} and np.mean(answers == -1) == pytest.approx(0.05, abs=0.02)
 
 
-def test_noise_is_that_of_eq_3(person):
+def test_noise_is_that_of_eq_3(ask):
     """Gumbel noise of scale s on both: the first wins with probability logistic(difference / s)."""
-    level = Taste(lambda images, prompts: np.array([0.3, 0.0]), noise=0.2)
-    score = level._replace(score=lambda *args: bench_people.torch.tensor([0.3, 0.0]))
-    _, ask = person(score)
-    share = np.mean(np.array(ask(GREY, GREY, times=4000)) == 1)
+    taste = Taste(lambda images, prompts: bench_people.torch.tensor([0.3, 0.0]), noise=0.2)
+    share = np.mean(np.array(ask(taste, GREY, GREY, times=4000)) == 1)
     assert share == pytest.approx(1 / (1 + np.exp(-0.3 / 0.2)), abs=0.02)
 
 
-def test_the_best_of_a_group_is_one_click(person):
-    _, ask = person(TASTES["warm"]._replace(random=0))
-    assert ask(GREY, BLUE, RED, GREY, field="bad") == [[True, True, False, True]]
+def test_what_is_no_animal_is_tagged(ask):
+    assert ask(TASTES["right animal"]._replace(random=0), GREY, RED) == [[True, True]]
 
 
-def test_what_is_no_animal_is_tagged(person, monkeypatch):
-    _, ask = person(TASTES["right animal"]._replace(random=0))
-    assert ask(GREY, RED, field="bad") == [[True, True]]
+def test_the_lora_of_every_round_is_kept(tmp_path):
+    lora = tmp_path / "run" / "lora" / bench_people.LORA_FILE
+    lora.parent.mkdir(parents=True)
+    batches = [SimpleNamespace(groups=range(3)), SimpleNamespace(groups=range(5))]
+    person = SimulatedPerson(TASTES["warm"], seed=0, folder=tmp_path)
+    person.answer = lambda *_: None
+    for epoch in (1, 2, 3):
+        person.label(batches, epoch)
+        lora.write_text(f"after {epoch}")
+    kept = {copy.parent.name: copy.read_text() for copy in tmp_path.glob("loras/*/*")}
+    assert kept == {"8": "after 1", "16": "after 2"}
 
 
-def test_a_summary_compares_with_the_same_noises_before_training():
-    def quality(scores, kb, trained_on=0):
-        row = {"scores": scores, "kb": kb, "animals": 0.5, "kl": 2.0, "trained_on": trained_on}
-        return {**row, "labels": 0 if kb == 2.69 else 16}
+def test_means_compare_with_the_same_images_before_training():
+    def judged(after, kb, animals):
+        row = {"after": after, "score": 0.25, "win_rate": 0.5, "animals": animals}
+        return row | {"kb": BLANK_KB + kb, "kl": 2.0}
 
-    before = quality([0.0, 0.0, 0.0, 0.0], BLANK_KB + 2)
-    before["labels"] = 0
-    after = quality([1.0, 1.0, 0.0, -1.0], BLANK_KB + 1, trained_on=8)
-    start, end = bench_people.summary([{"quality": [before, after], "seconds": 7}])
-    assert start["win_rate"] == 0.5 and start["size"] == 0 and start["stopped"] == 0
-    assert end["win_rate"] == 0.625 and end["size"] == pytest.approx(-0.5)
-    assert end["stopped"] == 1 and end["failures"] == 0.75 and end["seconds"] == 7
+    first = {"judged": [judged(0, 2, 1.0), judged(16, 1, 0.5)], "stopped_after": 8}
+    second = {"judged": [judged(0, 4, 1.0), judged(16, 4, 0.75)], "stopped_after": None}
+    start, end = bench_people.rows_of("warm", CHAIN, [first, second])
+    assert (start["size"], end["size"]) == ("+0%", "-25%")
+    assert (end["animals right"], end["worst seed"]) == ("62.5%", "50.0%")
+    assert (start["stopped"], end["stopped"], end["seeds"]) == (0, 1, 2)
+    assert "broken images" not in end
+    (row,) = bench_people.rows_of("right animal", CHAIN, [{**second, "judged": [judged(24, 1, 1)]}])
+    assert row["broken images"] == "75.0%"
 
 
-def test_a_part_that_runs_elsewhere_leaves_the_other_rows_of_the_page(tmp_path, no_figures):
-    row = {"scores": [0.0], "kb": 2.0, "animals": 0.5, "kl": 2.0, "labels": 0, "trained_on": 0}
-    jobs = [Job("small files", "default", 0), Job("warm", "default", 0), Job("warm", "Eq. 14", 0)]
+def test_every_job_is_a_command():
+    jobs = bench_people.make_jobs([*TASTES], [*RECIPES, *bench_people.LABEL_FILES], 5)
+    assert len(jobs) == 5 * (3 * 4 + 1 + 3) and len({job.name for job in jobs}) == len(jobs)
     for job in jobs:
-        result = {"flags": job.taste, "seconds": 1, "quality": [row]}
-        folder = tmp_path / job.recipe / job.name
-        folder.mkdir(parents=True)
-        files.save_json(folder / "quality.json", result)
-    for recipe in ("default", "Eq. 14", "previous"):  # of the last nothing is done
-        bench_people.write(jobs, tmp_path / recipe, tmp_path)
-    runs = json.loads((tmp_path / "people.json").read_text())["runs"]
-    keys = [(run["taste"], run["recipe"]) for run in runs]
-    assert keys == [("warm", "default"), ("warm", "Eq. 14"), ("small files", "default")]
-    assert [run["flags"] for run in runs] == ["warm", "warm", "small files"]
-    page = (tmp_path / "people.md").read_text()
-    assert page.index("| warm | default") < page.index("| warm | Eq. 14") < page.index("| small")
+        if job.key["taste"] != FILE:
+            args = options.make_settings(**job.settings, objective="human", device="cpu")
+            clicks = args.epochs * args.prompts_per_epoch
+            assert clicks == TASTES[job.key["taste"]].clicks[-1]
 
 
 def test_the_committed_page_has_the_committed_numbers():
-    runs = json.loads(PLAIN.read_text())["runs"]
-    found = {(run["taste"], run["recipe"]): run["rows"] for run in runs}
-    page = (bench_people.RESULTS / "people.md").read_text()
-    assert page.split(bench_people.MARK)[1] == bench_people.table(found)
-    recipes = (*bench_people.RECIPES, "labels first")
-    complete = [*product(("warm", "plain but intact", "small files"), recipes)]
-    complete.remove(("small files", "Eq. 14, slow start"))  # one seed
-    complete += [("right animal", "default"), *product([FILE], bench_people.LABELS_FIRST)]
-    for key in complete:
-        assert all(row["seeds"] == 5 for row in found[key]), key
-    for run in runs:
-        if run["recipe"] in bench_people.RECIPES:
-            flags = f"{TASTES[run['taste']].flags} {bench_people.RECIPES[run['recipe']]}"
-            assert run["flags"] == flags
-
-
-def test_recipes_are_command_lines():
-    for taste in TASTES.values():
-        for flags in bench_people.RECIPES.values():
-            options.parse(f"{taste.flags} {flags}".split())
+    groups = bench_people.group(bench.RESULTS / "people.json")
+    page = (bench.RESULTS / "people.md").read_text()
+    assert page.split(bench_people.MARK)[1] == bench_people.table(groups)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "taste, recipe", [("warm", "default"), ("warm", "labels first"), ("warm", "SFT + memory")]
-)
+@pytest.mark.parametrize("taste, recipe", [("warm", CHAIN), (FILE, "renderings")])
 def test_a_run_is_judged_and_stands_on_the_page(tmp_path, monkeypatch, taste, recipe, no_figures):
-    short = "--epochs 2 --prompts-per-epoch 4 --num-steps 3 --eval-images 2"
-    small = TASTES[taste]._replace(
-        flags=f"{TASTES[taste].flags} {short}", labels=(4, 8), noises=4, groups=(4, 2)
-    )
+    short = {"epochs": 2, "num_steps": 3, "eval_images": 2, "eval_every": 1}
+    asked = {"prompts_per_epoch": 4, "images_per_prompt": 2} if taste != FILE else {}
+    small = TASTES[taste]._replace(settings=short | asked, clicks=(4, 8), judged=4)
     monkeypatch.setitem(TASTES, taste, small)
-    job = Job(taste, recipe, 0)
-    (tmp_path / job.name / "images").mkdir(parents=True)  # killed on its way
-    bench_people.run(job, tmp_path)
-    file = tmp_path / job.name / "quality.json"
-    before = file.stat().st_mtime_ns
-    rows = json.loads(file.read_text())["quality"]
-    assert rows[0]["labels"] == 0 and rows[0]["kl"] == 0
-    counts = [8] if recipe == "labels first" else [4, 8]
-    assert [row["labels"] for row in rows[1:]] == counts
-    assert all(len(row["scores"]) == 4 and row["kl"] != 0 for row in rows[1:])
-    labels = tmp_path / (f"{job.name}-labels" if recipe == "labels first" else job.name)
-    assert len(read_rows(labels / "labels.jsonl")) == (4 if recipe == "labels first" else 8)
-
-    bench_people.run(job, tmp_path)  # done: nothing is done again
-    assert file.stat().st_mtime_ns == before
-    page = tmp_path / "people.md"
-    page.write_text(f"# By hand\n{bench_people.MARK}{bench_people.MARK}also by hand\n")
-    bench_people.write([job, Job(taste, recipe, 1)], tmp_path, tmp_path)
-    assert f"| {taste} | {recipe} | {counts[-1]} | 1 |" in page.read_text()
-    assert page.read_text().endswith("also by hand\n") and (tmp_path / "people.png").exists()
+    monkeypatch.setattr(bench_people, "LABELLED", {"prompts_per_epoch": 2, "images_per_prompt": 3})
+    (job,) = bench_people.make_jobs([taste], [recipe], 1)
+    run = bench.run_job(job, bench_people.measure, tmp_path / job.name)
+    first, *others = run["judged"]
+    assert first["after"] == 0 == first["kl"] and first["win_rate"] == 0.5
+    assert [row["after"] for row in others] == ([8] if taste == FILE else [4, 8])
+    assert all(row["kl"] != 0 for row in others)
+    labels = "labelled" if taste == FILE else "run"
+    assert len(read_rows(tmp_path / job.name / labels / "labels.jsonl")) == (
+        2 * 3 if taste == FILE else 8
+    )
+    bench.add_run(tmp_path / "people.json", run, job.key)
+    bench_people.write(tmp_path, tmp_path)
+    assert f"| {taste} | {recipe} | 8 | 1 |" in (tmp_path / "people.md").read_text()

@@ -15,12 +15,12 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 from safetensors.torch import save
+from sd.feedback import HumanFeedback
 from sd_helpers import outcome, run
 from test_sd_demo import ENVIRONMENT
 
 import sd_demo
 from sd import UserError, files, options, run_folder
-from sd.feedback import HumanFeedback
 
 
 def contents(out: Path) -> dict[Path, bytes]:

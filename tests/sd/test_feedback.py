@@ -7,16 +7,16 @@ import pytest
 import torch
 from accelerate import Accelerator
 from PIL import Image
+from sd.feedback import HumanFeedback, ScorerFeedback
+from sd.run_folder import image_files
 from sd_helpers import FLAGS, read_rows
 
 import d3po
 from sd import UserError, options
-from sd.feedback import HumanFeedback, ScorerFeedback
 from sd.label_files import read_label_file
 from sd.labels import pairs_from_labels
 from sd.metrics import mean_score
 from sd.model import Batch
-from sd.run_folder import image_files
 from sd.scorers import jpeg_kb
 
 PROMPTS = ["a cat", "an ant"]
