@@ -10,13 +10,14 @@ At eta = 0 DDIM's step there is Euler's step, and log-ratios are those of the fl
 
 import os
 from collections.abc import Callable
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import AutocastKwargs, InitProcessGroupKwargs
 from diffusers import (
@@ -26,6 +27,7 @@ from diffusers import (
 )
 from diffusers.training_utils import cast_training_params
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -51,6 +53,7 @@ STOCK_IMAGES = 16  # a stock call takes 50 steps, guided
 # take 1 GB in fp16, less than an update's; a CPU is as fast from 8 rows of the emoji model on
 ELEMENTS_WITHOUT_GRADIENT = 2**18
 WORLD_SIZES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
+SHARDED = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_MEGATRON_LM")
 # Beyond these, float32 log-ratios lose their meaning
 MIN_ALPHA_BAR = 1e-6
 MIN_SIGMA, MAX_SIGMA = 0.005, 0.999  # of a flow
@@ -73,6 +76,9 @@ def make_accelerator(precision: str, device: str = "auto") -> Accelerator:
     a launcher that shards the model, or whose processes would not find each other: each would take
     itself for the only one.
     """
+    for name in SHARDED:
+        if os.environ.get(name, "").lower() in ("1", "true"):
+            raise UserError(f"{name} is set, but a LoRA needs no sharding: launch with --multi_gpu")
     accelerator = Accelerator(
         cpu=device == "cpu",
         mixed_precision="fp16" if precision == "fp16" else "no",
@@ -83,16 +89,33 @@ def make_accelerator(precision: str, device: str = "auto") -> Accelerator:
         ],
     )
     accelerator.gradient_accumulation_steps = 1
-    kind = accelerator.distributed_type.value
-    if kind != "NO" and not kind.startswith("MULTI_"):
-        raise UserError(f"accelerate is set up for {kind}: launch with --multi_gpu instead")
     for name in WORLD_SIZES:
         size = os.environ.get(name, "1")
         if size not in ("1", str(accelerator.num_processes)):
             processes = f"this is 1 process of {accelerator.num_processes}"
             remedy = f"on CPUs use torchrun and --device cpu, else unset {name}"
             raise UserError(f"{name} is {size}, but {processes}: {remedy}")
+    # On CUDA what is float32 beside fp16, such as SDXL's VAE, may be rounded like it; fp32 is exact
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision != "fp32"
     return accelerator
+
+
+class LoraMatrix(nn.Linear):
+    """One of a LoRA's: float32 for the optimizer, in the network's precision for a pass."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+def add_lora(network: nn.Module, rank: int) -> None:
+    """Give a network a LoRA, which is all of it that is trained."""
+    network.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=LORA_TARGETS))
+    cast_training_params(network, torch.float32)
+    for layer in network.modules():
+        if isinstance(layer, LoraLayer):
+            layer.cast_input_dtype_enabled = False
+            for matrix in (*layer.lora_A.values(), *layer.lora_B.values()):
+                matrix.__class__ = LoraMatrix
 
 
 class RunningAverage:
@@ -153,6 +176,20 @@ class PipelinePolicy:
         self.network, self.conditioning = network, conditioning
         self.guidance_scale, self.prediction = guidance_scale, prediction
         self.alpha_bars, self.reference, self.on_call = alpha_bars, reference, on_call
+        self.is_applied = False
+
+    @contextmanager
+    def applied(self):
+        """Inside, the network is this denoiser's: a switch takes longer than a layer, 27 ms."""
+        if self.is_applied or not self.reference:
+            yield
+            return
+        self.is_applied = True
+        try:
+            with lora_off(self.network):
+                yield
+        finally:
+            self.is_applied = False
 
     def __call__(self, x: Tensor, time: Tensor, cond: Tensor) -> Tensor:
         conditioning, halves = self.conditioning, self.conditioning.halves
@@ -164,7 +201,7 @@ class PipelinePolicy:
         states = states.to(conditioning.latents.dtype).repeat(halves, *[1] * (x.ndim - 1))
         inputs = conditioning.batch(cond)
         inputs["timestep"] = (conditioning.time_unit * time).repeat(halves)
-        with lora_off(self.network) if self.reference else nullcontext():
+        with self.applied():
             output = self.network(states, **inputs)[0].float()
         self.on_call()
         if halves == 2:
@@ -206,10 +243,11 @@ class Model(NamedTuple):
         size = self.images_without_gradient
         x, log_prob = (tensor.split(size, 1) for tensor in batch.trajectory)
         trajectories = map(d3po.Trajectory, x, log_prob)
-        parts = [
-            d3po.trajectory_log_prob(denoiser, self.schedule, trajectory, cond)
-            for trajectory, cond in zip(trajectories, batch.cond.split(size), strict=True)
-        ]
+        with denoiser.applied():
+            parts = [
+                d3po.trajectory_log_prob(denoiser, self.schedule, trajectory, cond)
+                for trajectory, cond in zip(trajectories, batch.cond.split(size), strict=True)
+            ]
         return torch.cat(parts, 1)
 
     def save_lora(self, folder: Path) -> None:
@@ -306,9 +344,7 @@ def load_model(
 
     network = conditioning.network
     torch.manual_seed(args.seed)
-    lora = LoraConfig(r=args.lora_rank, lora_alpha=args.lora_rank, target_modules=LORA_TARGETS)
-    network.add_adapter(lora)  # the network's own weights need no gradient from here
-    cast_training_params(network, torch.float32)
+    add_lora(network, args.lora_rank)
     if args.gradient_checkpointing:
         network.enable_gradient_checkpointing()
     as_policy = partial(
@@ -329,7 +365,7 @@ def load_model(
         policy=as_policy(wrapped),
         sampler=as_policy(network),
         reference=as_policy(network, reference=True),
-        schedule=schedule,
+        schedule=schedule._replace(timesteps=schedule.timesteps.to(accelerator.device)),
         prompts=prompts,
         eval_prompts=torch.tensor([numbered.index(prompt) for prompt in eval_prompts or prompts]),
         lora=[p for p in network.parameters() if p.requires_grad],
@@ -389,12 +425,12 @@ def sample(
     if trajectory is None:
         x_T = torch.stack([torch.randn(model.latent_shape, generator=g) for g in generators[::K]])
         x_T = x_T.repeat_interleave(K, 0).to(device)
-        parts = [
-            d3po.rollout(denoiser, model.schedule, x, numbers, generators[start : start + size])
-            for start, x, numbers in zip(
-                range(0, len(cond), size), x_T.split(size), cond.split(size), strict=True
-            )
-        ]
+        starts = range(0, len(cond), size)
+        with denoiser.applied():
+            parts = [
+                d3po.rollout(denoiser, model.schedule, x, numbers, generators[start : start + size])
+                for start, x, numbers in zip(starts, x_T.split(size), cond.split(size), strict=True)
+            ]
         trajectory = join_chains(parts)
     texts, images = [model.conditioning.prompts[number] for number in cond.tolist()], []
     for start, x_0 in zip(range(0, len(texts), size), trajectory.x[-1].split(size), strict=True):
@@ -441,7 +477,7 @@ def sample_stock(
     model.conditioning.move_text_encoders(model.network.device)
     pipe.scheduler = model.stock_scheduler
     try:
-        with lora_off(model.network) if denoiser.reference else nullcontext():
+        with denoiser.applied():
             for part in torch.arange(N).split(model.images_without_gradient):
                 noises = [
                     seeded_generator(args.seed, RandomPurpose.STOCK, n) for n in part.tolist()

@@ -68,8 +68,11 @@ def load_pipeline(model: str | DiffusionPipeline, precision: str) -> DiffusionPi
             return accept(model, dtype)
         if model.endswith(".safetensors"):
             return load_single_file(model, dtype)
-        options = loading_options(model)
-        return pipeline_class(model).from_pretrained(model, dtype=dtype, **options)
+        options, kind = loading_options(model), pipeline_class(model)
+        if precision == "fp16" and not os.path.exists(model):  # half the download, where it exists
+            with suppress(ValueError):
+                return kind.from_pretrained(model, dtype=dtype, **options, variant="fp16")
+        return kind.from_pretrained(model, dtype=dtype, **options)
     except Exception as error:  # the hub's client raises many kinds
         name, remedy = f"--model {model}", "it needs network access; or give a folder"
         if isinstance(model, DiffusionPipeline):
