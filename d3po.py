@@ -39,7 +39,9 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 
 __version__ = "1.0.0"
+
 Denoiser = Callable[[Tensor, Tensor, Any], Tensor]  # eps(x (B, *D), time (B,), cond) -> (B, *D)
+Generators = Generator | list[Generator] | None  # one of the batch, or one for each chain
 
 
 class Schedule(NamedTuple):
@@ -135,15 +137,18 @@ def rollout(
     schedule: Schedule,
     x_T: Tensor,
     cond: Any = None,
-    generator: Generator | None = None,
+    generator: Generators = None,
 ) -> Trajectory:
     """Sample chains x[i + 1] = mu(x[i]) + sigma[i] z, z ~ N(0, I), with the actions' log-probs.
 
     x_T (B, *D): initial noise; noise.repeat_interleave(K, 0) where groups of K chains share it.
-    cond: None or a tensor (B, ...). generator: one on the CPU gives every device the same numbers.
-    Raises ValueError for a step with sigma = 0.   Paper: Alg. 1 lines 4-11.
+    cond: None or a tensor (B, ...). generator: one on the CPU gives every device the same numbers;
+        in a list of B each chain has its own, and its noise does not depend on the batch.
+    Raises ValueError for a step with sigma = 0 or another number of generators.
+    Paper: Alg. 1 lines 4-11.
     """
     _check_density(schedule)
+    _check_generators(generator, len(x_T))
     x = [_at_least_float32(x_T)]
     log_probs = []
     for i, sigma in enumerate(schedule.sigma):
@@ -176,7 +181,7 @@ def bridge(
     x_T: Tensor,
     x_end: Tensor,
     end: int | None = None,
-    generator: Generator | None = None,
+    generator: Generators = None,
 ) -> Tensor:
     """Draw the states between x_T and x_end anew, from the noising process given these two.
 
@@ -186,12 +191,15 @@ def bridge(
     with ab, ab_prev relative to x_end's alpha-bar, and sigma by Eq. 16 (1 - ab / ab_prev stays).
     x_T, x_end (B, *D): first state, and state number end (by default T, the final image).
     generator: as in `rollout`. Returns (end + 1, B, *D), both ends as they were given.
-    Raises ValueError for unequal shapes or an end outside 1 ... T.   Source: DDIM, Eqs. 7 and 16.
+    Raises ValueError for unequal shapes, an end outside 1 ... T or another number of generators.
+    Source: DDIM, Eqs. 7 and 16.
     """
     T = len(schedule.sigma)
     end = T if end is None else end
     _require(end in range(1, T + 1), f"end = {end}: choose a state in 1 ... {T}")
     _require(x_T.shape == x_end.shape, f"x_T {x_T.shape} and x_end {x_end.shape} differ")
+    _check_generators(generator, len(x_T))
+
     level = schedule.alpha_bar[end] if end < T else schedule.alpha_bar_prev[-1]
     x = [x_T]
     x_end = _at_least_float32(x_end)
@@ -215,7 +223,8 @@ def preference(score_a: Tensor, score_b: Tensor, margin: float = 0.0) -> Tensor:
     """
     _check_scores(score_a, score_b)
     _require(margin >= 0, f"margin = {margin}: choose 0 or more")
-    a, b = _at_least_float32(score_a), _at_least_float32(score_b)
+    a = _at_least_float32(score_a)
+    b = _at_least_float32(score_b)
     return (a > b + margin).long() - (b > a + margin).long()
 
 
@@ -303,9 +312,11 @@ def d3po_losses(
     Raises ValueError at the call for arguments that do not fit.   Paper: Eqs. 12 and 14.
     """
     _check_beta(beta)
-    log_ratios = _log_ratios(policy, schedule, trajectory, pairs=pairs, ref=ref_log_prob, cond=cond)
+    log_ratios = _log_ratios(
+        policy, schedule, trajectory, pairs=pairs, ref_log_prob=ref_log_prob, cond=cond
+    )
 
-    def step_loss(i):
+    def step_loss(i: int) -> Tensor:
         log_ratio_w, log_ratio_l = log_ratios(i)
         if clip is not None:
             log_ratio_w = clip_log_ratio(log_ratio_w, clip)
@@ -316,7 +327,14 @@ def d3po_losses(
 
 
 def chain_dpo_losses(
-    policy, schedule, trajectory, pairs, beta, ref_log_prob, cond=None, steps=None
+    policy: Denoiser,
+    schedule: Schedule,
+    trajectory: Trajectory,
+    pairs: Tensor,
+    beta: float,
+    ref_log_prob: Tensor,
+    cond: Any = None,
+    steps: list[int] | None = None,
 ) -> Iterator[Tensor]:
     """Yield Eq. 5 on the whole chain in T pieces: values add up to L, gradients to grad L.
 
@@ -328,10 +346,12 @@ def chain_dpo_losses(
     as in `d3po_losses`; steps restricts the sums to these.   Paper: Eq. 5.
     """
     _check_beta(beta)
-    log_ratios = _log_ratios(policy, schedule, trajectory, pairs=pairs, ref=ref_log_prob, cond=cond)
+    log_ratios = _log_ratios(
+        policy, schedule, trajectory, pairs=pairs, ref_log_prob=ref_log_prob, cond=cond
+    )
     steps = _choose_steps(steps, len(schedule.sigma), pairs)
 
-    def difference(i):
+    def difference(i: int) -> Tensor:
         log_ratio_w, log_ratio_l = log_ratios(i)
         return log_ratio_w - log_ratio_l
 
@@ -340,7 +360,7 @@ def chain_dpo_losses(
         loss = -F.logsigmoid(beta * delta).mean()
         weight = -beta * torch.sigmoid(-beta * delta)
 
-    def piece(i):
+    def piece(i: int) -> Tensor:
         linear = (weight * difference(i)).mean()
         return linear + (loss / len(steps) - linear).detach()  # L / T, with the gradient of step i
 
@@ -356,22 +376,31 @@ def clip_log_ratio(log_ratio: Tensor, eps: float) -> Tensor:
     return log_ratio.clamp(math.log(1 - eps), math.log(1 + eps))
 
 
-def _log_ratios(policy, schedule, trajectory, pairs, ref, cond):
+def _log_ratios(
+    policy: Denoiser,
+    schedule: Schedule,
+    trajectory: Trajectory,
+    pairs: Tensor,
+    ref_log_prob: Tensor,
+    cond: Any,
+) -> Callable[[int], tuple[Tensor, Tensor]]:
     """A function of i: log(pi_theta / pi_ref) of action i for winners (P,) and losers (P,)."""
     _check_trajectory(schedule, trajectory, cond)
     T, B = trajectory.log_prob.shape
-    _require(ref.shape == (T, B), f"ref_log_prob {ref.shape} is not (T, B) = {(T, B)}")
+    shape = ref_log_prob.shape
+    _require(shape == (T, B), f"ref_log_prob {shape} is not (T, B) = {(T, B)}")
     rows = pairs.shape[1:] == (2,) and pairs.dtype in (torch.int32, torch.int64)
     _require(rows, f"pairs is {pairs.dtype} {pairs.shape}: give integers (P, 2), winner and loser")
     _require(((pairs >= 0) & (pairs < B)).all(), f"pairs names a chain outside 0 ... {B - 1}")
+
     chains, places = pairs.to(trajectory.x.device).unique(return_inverse=True)
     winner, loser = places.T
     cond = None if cond is None else cond[chains]
 
-    def log_ratios(i):
+    def log_ratios(i: int) -> tuple[Tensor, Tensor]:
         mean = policy_mean(policy, schedule, i, trajectory.x[i, chains], cond)
         log_pi = log_prob(trajectory.x[i + 1, chains], mean, schedule.sigma[i])
-        log_ratio = log_pi - ref[i, chains]
+        log_ratio = log_pi - ref_log_prob[i, chains]
         return log_ratio[winner], log_ratio[loser]
 
     return log_ratios
@@ -387,18 +416,25 @@ def _at_least_float32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def _randn_like(x: Tensor, generator: Generator | None) -> Tensor:
+def _randn_like(x: Tensor, generator: Generators) -> Tensor:
+    if isinstance(generator, list):
+        return torch.stack([_randn_like(x[b], generator[b]) for b in range(len(x))])
     device = x.device if generator is None else generator.device
     return torch.randn(x.shape, generator=generator, device=device, dtype=x.dtype).to(x.device)
 
 
-def _require(condition, message: str) -> None:
+def _require(condition: bool | Tensor, message: str) -> None:
     if not condition:
         raise ValueError(message)
 
 
 def _check_beta(beta: float) -> None:
     _require(beta > 0, f"beta = {beta}: choose beta > 0, the pull towards the reference")
+
+
+def _check_generators(generator: Generators, B: int) -> None:
+    fits = not isinstance(generator, list) or len(generator) == B
+    _require(fits, f"generator is a list of another length than {B}: give one for each chain")
 
 
 def _check_density(schedule: Schedule) -> None:

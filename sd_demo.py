@@ -81,6 +81,8 @@ def run(**settings) -> Path:
 
 def main(argv: list[str] | None = None) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like Ctrl-C
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # for prompts that a console cannot show
     try:
         start(options.parse(argv))
     except UserError as error:

@@ -30,7 +30,7 @@ from typing import NamedTuple
 import torch
 import uvicorn
 from starlette.applications import Starlette
-from starlette.exceptions import HTTPException as HTTPError  # HTTPError(status, message)
+from starlette.exceptions import HTTPException as Refusal  # Refusal(status, sentence)
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import FileResponse, HTMLResponse, JSONResponse
@@ -68,6 +68,178 @@ class Question(NamedTuple):
     changes: Counter  # of each annotator's answer, since this start
 
 
+class Questions:
+    """The questions of one epoch: what each person is asked, and who answered what.
+
+    file: labels.jsonl; every answer is on disk when a method returns. rows: lines of it whose
+    answer is null. annotators: answers that each needs, from as many people. seed: of left and
+    right. Methods may be called from several threads. Raises UserError for a file with flaws.
+
+    A question's ID is its KEY and how often this person's answer has changed. Methods raise
+    `Refusal` for what a page may not do.
+    """
+
+    def __init__(self, file: Path, rows: list[dict], *, annotators: int, seed: int):
+        self.file, self.annotators = file, annotators
+        self.finished = self._hurry = False  # finished: somebody wants the run to end
+        self._changed = threading.Condition()  # guards the questions and the two above
+        answers = labels.read_labels(file, rows).values()
+        sides = seeded_generator(seed, RandomPurpose.SIDES, rows[0]["epoch"])
+        left = torch.randint(2, (len(rows),), generator=sides).tolist()
+        with file.open("ab") as opened:  # or the next answer would join a line cut short
+            opened.truncate(len(labels.whole_lines(file)))
+        start = secrets.token_hex(8)  # a page of an earlier start cannot answer in this one
+        self._by_key = {
+            f"{start}-{n}": Question(*parts, Counter())
+            for n, parts in enumerate(zip(rows, left, answers, strict=True))
+        }
+
+    @property
+    def missing(self) -> int:
+        """Answers that are still to come."""
+        return sum(max(self.annotators - len(q.answers), 0) for q in self._by_key.values())
+
+    def wait(self) -> list[Question]:
+        """The questions when all are answered; the last answer can be taken back for a moment."""
+        with self._changed:
+            while True:
+                self._changed.wait_for(lambda: self.missing == 0)
+                self._changed.wait_for(lambda: self.missing > 0 or self._hurry, UNDO_SECONDS)
+                if self.missing == 0:
+                    return self.close()
+
+    def close(self) -> list[Question]:
+        """Take no more answers; return the questions."""
+        with self._changed:
+            questions, self._by_key = [*self._by_key.values()], {}
+            return questions
+
+    def of_person(self, name: str | None) -> list[dict]:
+        """What the page asks one person; nothing where all is answered, or a name is needed."""
+        asked = []
+        with self._changed:
+            for key, (row, left, answers, _) in self._by_key.items():
+                if name in answers or len(answers) < self.annotators:
+                    asked.append(
+                        {
+                            "id": self._id(key, name),
+                            "prompt": row["prompt"],
+                            "images": [f"images/{key}/{k}" for k in range(len(row["images"]))],
+                            "left": left,
+                            "kind": labels.answer_field(row),
+                            "answered": name in answers,
+                            "answer": answers.get(name),
+                        }
+                    )
+        is_open = name is not None or self.annotators == 1
+        return asked if is_open and not all(question["answered"] for question in asked) else []
+
+    def last(self, name: str | None) -> str | None:
+        """ID of the last question where all is answered and this person may take it back."""
+        with self._changed:
+            key = next(reversed(self._by_key), None)
+            if key is None or self.missing or name not in self._by_key[key].answers:
+                return None
+            return self._id(key, name)
+
+    def images(self, key: str) -> list[str]:
+        return self._question(key).row["images"]
+
+    def answer(self, id, name: str | None, answer) -> str:
+        """Keep an answer; return the question's new ID."""
+        with self._changed:
+            name = self.check_name(name)
+            if name is None and self.annotators > 1:
+                raise Refusal(400, "say your name first")
+            key, question = self._answerable(id, name)
+            if problem := labels.validate_answer(question.row, answer):
+                raise Refusal(400, problem)
+            left = {"left": question.left} if labels.answer_field(question.row) == "h" else {}
+            self._keep(question, name, answer, **left)
+            return self._id(key, name)
+
+    def undo(self, id, name: str | None) -> None:
+        """Take an answer back. The file keeps it; of several lines the last counts."""
+        with self._changed:
+            name = self.check_name(name)
+            _, question = self._answerable(id, name)
+            question.answers.pop(name, None)
+            question.changes[name] += 1
+            self._changed.notify_all()
+
+    def end(self, id, end: str) -> None:
+        """Skip what is not answered: "Train now"; and let the run end after it: "Finish"."""
+        if end not in ("questions", "run"):
+            raise Refusal(400, 'end is "questions" or "run"')
+        with self._changed:
+            finished = end == "run"
+            self._question(str(id).rpartition("-")[0])
+            # Where nobody has answered anything, a run that is resumed asks again
+            forget = finished and not any(q.answers for q in self._by_key.values())
+            for question in self._by_key.values():
+                for number in range(self.annotators - len(question.answers)):
+                    name = f"{NOBODY} {number + 1})" if self.annotators > 1 else None
+                    if forget:
+                        question.answers[name] = None
+                    else:
+                        self._keep(question, name, None)
+            self.finished, self._hurry = finished, True
+            self._changed.notify_all()
+
+    def check_name(self, name) -> str | None:
+        """A name as it was first written, "ann " is Ann; None without one."""
+        if name is None:
+            return None
+        if not (isinstance(name, str) and name.isprintable() and 0 < len(name.strip()) <= 40):
+            raise Refusal(400, "a name has 1 to 40 printable characters")
+        if self.annotators == 1:
+            raise Refusal(400, "one person labels this run, without a name")
+        name = " ".join(name.split())
+        with self._changed:
+            names = {n for question in self._by_key.values() for n in question.answers}
+        people = {n.casefold(): n for n in names if not n.startswith(NOBODY)}
+        if name.casefold() not in people and len(people) >= self.annotators:
+            taken = ", ".join(sorted(people.values()))
+            raise Refusal(403, f"All {self.annotators} places are taken, by {taken}. Thank you!")
+        return people.get(name.casefold(), name)
+
+    def _keep(self, question: Question, name: str | None, answer, **more) -> None:
+        annotator = {} if name is None else {"annotator": name}
+        field = labels.answer_field(question.row)
+        append_safely(self.file, {**question.row, field: answer, **annotator, **more})
+        question.answers[name] = answer
+        question.changes[name] += 1
+        self._changed.notify_all()
+
+    def _id(self, key: str, name: str | None) -> str:
+        return f"{key}-{self._by_key[key].changes[name]}"
+
+    def _answerable(self, id, name: str | None) -> tuple[str, Question]:
+        """KEY and question of an ID, unless this person's answer has changed since."""
+        key = str(id).rpartition("-")[0]
+        question = self._question(key)
+        if id != self._id(key, name):
+            raise Refusal(409, "This was answered on another page: here is what it says now.")
+        return key, question
+
+    def _question(self, key: str) -> Question:
+        with self._changed:
+            if key not in self._by_key:
+                late = "This answer came too late: training has begun without it. Thank you!"
+                raise Refusal(409, late)
+            return self._by_key[key]
+
+
+def decide(questions: list[Question]) -> tuple[list[dict], float]:
+    """The rows of questions with the majority's answers, and Fleiss' kappa of all answers."""
+    votes = [[v for v in q.answers.values() if v is not None] for q in questions]
+    field = labels.answer_field(questions[0].row)
+    if field == "bad":  # each image is an item to agree on
+        votes = [list(image) for tags in votes for image in zip(*tags, strict=True)]
+    rows = [{**q.row, field: labels.majority(q.row, list(q.answers.values()))} for q in questions]
+    return rows, labels.fleiss_kappa(votes)
+
+
 class AnnotationServer:
     """Asks people about images of a run, on a page that opens with the first question.
 
@@ -82,19 +254,18 @@ class AnnotationServer:
         run: Path,
         annotators: int,
         seed: int,
+        *,
         port: int | None = None,
         guide: str | None = None,
         story: Path | None = None,
     ):
         self.run, self.annotators, self.seed, self.port = run, annotators, seed, port
-        self.story, self._blind = story or run, story is not None
+        self.guide, self.story, self._blind = guide, story or run, story is not None
         self.file, self.url, self.kappa = run / "labels.jsonl", None, math.nan
-        self.guide, self.finished, self._progress = guide, False, {}
-        self._story, self._code = {}, None
+        self.finished, self._progress = False, {}
+        self._questions: Questions | None = None
+        self._said = {}  # what the page says while it has no question
         self._server = self._thread = None
-        self._changed = threading.Condition()  # guards the three below
-        self._questions: dict[str, Question] = {}  # by id, in order
-        self._status, self._ended = "", False
 
     def ask(self, questions: list[dict], progress: dict | None = None) -> list[dict]:
         """Wait until each question has its answers; return the questions as the majority answers.
@@ -107,76 +278,42 @@ class AnnotationServer:
         self._progress = progress or {}
         if not questions:
             return []
-        folder = (self.run / "images").resolve()
-        for image in (image for row in questions for image in row["images"]):
-            if folder not in (self.run / image).resolve().parents:
-                raise ValueError(f"{image} is not in {folder}")
-        answers = list(labels.read_labels(self.file, questions).values())
-        if any(len(given) < self.annotators for given in answers):
-            self._wait_for_people(questions, answers)
-
-        field = labels.answer_field(questions[0])
-        votes = [[v for v in given.values() if v is not None] for given in answers]
-        if field == "bad":  # each image is an item to agree on
-            votes = [list(image) for tags in votes for image in zip(*tags, strict=True)]
-        self.kappa = labels.fleiss_kappa(votes)
-        rows = [
-            {**row, field: labels.majority(row, list(given.values()))}
-            for row, given in zip(questions, answers, strict=True)
-        ]
+        check_images(self.run, questions)
+        asked = Questions(self.file, questions, annotators=self.annotators, seed=self.seed)
+        answered = self._wait_for_people(asked, questions) if asked.missing else asked.close()
+        rows, self.kappa = decide(answered)
         if self.annotators > 1 and not any(map(labels.has_preference, rows)):
             words = "you agree on no question, so there is nothing to train on"
             self.status(f"Epoch {rows[0]['epoch']}: {words}")
-            tqdm.write(self._status)
+            tqdm.write(self._said["status"])
         return rows
 
     def status(self, text: str) -> None:
         """What the page says while it has no question, beside what the run has shown so far."""
-        with self._changed:
-            self._status, self._story = text, read_story(self.story)
+        self._said = {"status": text, "ended": False, "code": None, **read_story(self.story)}
 
     def close(self, farewell: str = FAREWELL, code: str | None = None) -> None:
         """Tell open pages how the run has ended, with code that uses it, and serve no more."""
         if self._server is not None:
             self.status(farewell)
-            with self._changed:
-                self._code, self._ended = code, True
+            self._said |= {"ended": True, "code": code}
             time.sleep(FAREWELL_SECONDS)
             self._server.should_exit = True
             self._thread.join()
             self._server = None
 
-    def _wait_for_people(self, questions: list[dict], answers: list[dict]) -> None:
-        epoch = questions[0]["epoch"]
-        save_lines(self.run / "questions.jsonl", questions)
-        with self.file.open("ab") as file:  # or the next answer would join a line cut short
-            file.truncate(len(labels.whole_lines(self.file)))
-        sides = seeded_generator(self.seed, RandomPurpose.SIDES, epoch)
-        left = torch.randint(2, (len(questions),), generator=sides).tolist()
-        asked = [
-            Question(*parts, Counter()) for parts in zip(questions, left, answers, strict=True)
-        ]
-        start = secrets.token_hex(8)  # a page of an earlier start cannot answer in this one
-        with self._changed:
-            self._questions = {f"{start}-{n}": question for n, question in enumerate(asked)}
+    def _wait_for_people(self, asked: Questions, rows: list[dict]) -> list[Question]:
+        epoch = rows[0]["epoch"]
+        save_lines(self.run / "questions.jsonl", rows)
+        self._questions = asked
+        self.status("Comparing" if self._blind else f"Training, epoch {epoch}")  # what comes next
         self._open()
-        self.status("")
-        people = f"{self.annotators} to answer at {self.url}"
         what = "Blind test" if self._blind else f"Epoch {epoch}"
-        tqdm.write(f"{what}: {len(questions)} questions for {people}")
-        with self._changed:
-            self._hurry = False
-            while True:  # the last answer can be taken back for a moment
-                self._changed.wait_for(lambda: self._missing() == 0)
-                self._changed.wait_for(lambda: self._missing() > 0 or self._hurry, UNDO_SECONDS)
-                if self._missing() == 0:
-                    break
-            self._questions = {}
-            self._status = "Comparing" if self._blind else f"Training, epoch {epoch}"
-
-    def _missing(self) -> int:
-        """Answers that are still to come."""
-        return sum(max(self.annotators - len(q.answers), 0) for q in self._questions.values())
+        people = f"{self.annotators} to answer at {self.url}"
+        tqdm.write(f"{what}: {len(rows)} questions for {people}")
+        answered = asked.wait()
+        self.finished = asked.finished
+        return answered
 
     def _open(self) -> None:
         if self._server is not None:
@@ -191,11 +328,11 @@ class AnnotationServer:
             Route("/state", self._get_state),
             Route("/images/{key}/{k}", self._get_image),
             Route("/held_out/{epoch:int}/{number:int}", self._get_held_out),
-            Route("/answer", self._post_answer, methods=["POST"]),
-            Route("/undo", self._post_undo, methods=["POST"]),
-            Route("/end", self._post_end, methods=["POST"]),
+            self._post("answer", "id", "name", "answer"),
+            self._post("undo", "id", "name"),
+            self._post("end", "id", "end"),
         ]
-        app = Starlette(routes=routes, exception_handlers={HTTPError: error_response})
+        app = Starlette(routes=routes, exception_handlers={Refusal: error_response})
         app.router.redirect_slashes = False
         app.add_middleware(GuardMiddleware, token=token)
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost"])
@@ -208,137 +345,48 @@ class AnnotationServer:
         tqdm.write(f"From another machine: ssh -L {port}:127.0.0.1:{port} THIS-MACHINE")
 
     async def _get_state(self, request: Request):
-        name = self._check_name(request.query_params.get("name") or None)
-        several, asked = self.annotators > 1, []
-        with self._changed:
-            for key, (row, left, answers, changes) in self._questions.items():
-                if name in answers or len(answers) < self.annotators:
-                    images = [f"images/{key}/{k}" for k in range(len(row["images"]))]
-                    question = {"id": f"{key}-{changes[name]}", "prompt": row["prompt"]}
-                    question |= {"images": images, "left": left}
-                    answer = {"answered": name in answers, "answer": answers.get(name)}
-                    asked.append({**question, "kind": labels.answer_field(row), **answer})
-            is_open = any(not question["answered"] for question in asked) and (name or not several)
-            is_last = self._is_last(name)
-            wait = f"Thank you. Others have {self._missing()} answers to give."
-            if is_last:
-                then = "The result comes" if self._blind else "Training starts"
-                wait = f"Thank you. {then} in a moment."
-            state = {
-                "questions": asked if is_open else [],
-                "status": wait if self._questions else self._status,
-                "ended": self._ended,
-                "named": several,
-                "guide": self.guide,
-                "last": self._id(next(reversed(self._questions)), name) if is_last else None,
-                "progress": self._progress,
-                "code": self._code,
-                **self._story,
-            }
+        asked = self._questions
+        name = asked.check_name(request.query_params.get("name") or None)
+        last, missing = asked.last(name), asked.missing
+        then = "The result comes" if self._blind else "Training starts"
+        state = {
+            "questions": asked.of_person(name),
+            "named": self.annotators > 1,
+            "guide": self.guide,
+            "last": last,
+            "progress": self._progress,
+            **self._said,
+        }
+        if last:
+            state["status"] = f"Thank you. {then} in a moment."
+        elif missing:
+            state["status"] = f"Thank you. Others have {missing} answers to give."
         return JSONResponse(state, headers={"Cache-Control": "no-store"})
 
     async def _get_image(self, request: Request):
-        images = self._find_question(request.path_params["key"]).row["images"]
+        images = self._questions.images(request.path_params["key"])
         files = {str(k): self.run / image for k, image in enumerate(images)}
         return image_response(files.get(request.path_params["k"]))
 
     async def _get_held_out(self, request: Request):
         return image_response(held_out_file(self.story, **request.path_params))
 
-    async def _post_answer(self, request: Request):
-        """Keep an answer: it is on disk when the reply goes out."""
-        sent = await read_json(request)
-        if not isinstance(sent, dict) or sent.keys() != {"id", "name", "answer"}:
-            raise HTTPError(400, "send an object of id, name and answer")
-        with self._changed:
-            name, answer = self._check_name(sent["name"]), sent["answer"]
-            if name is None and self.annotators > 1:
-                raise HTTPError(400, "say your name first")
-            key, question = self._find_answerable(sent["id"], name)
-            if problem := labels.validate_answer(question.row, answer):
-                raise HTTPError(400, problem)
-            left = {"left": question.left} if labels.answer_field(question.row) == "h" else {}
-            self._keep(question, name, answer, **left)
-            self._changed.notify_all()
-            return JSONResponse({"saved": True, "id": self._id(key, name)})
+    def _post(self, method: str, *keys: str) -> Route:
+        """A route that hands an object of these keys to a method of the questions."""
 
-    async def _post_end(self, request: Request):
-        """Skip what is not answered: "Train now"; and let the run end after it: "Finish"."""
-        sent = await read_json(request)
-        if not isinstance(sent, dict) or sent.get("end") not in ("questions", "run"):
-            raise HTTPError(400, 'send an object of id and end: "questions" or "run"')
-        with self._changed:
-            self._find_question(str(sent.get("id")).rpartition("-")[0])
-            finished, questions = sent["end"] == "run", self._questions.values()
-            forget = finished and not any(question.answers for question in questions)
-            for question in questions:
-                for missing in range(self.annotators - len(question.answers)):
-                    name = f"{NOBODY} {missing + 1})" if self.annotators > 1 else None
-                    if forget:  # a run that is resumed asks again
-                        question.answers[name] = None
-                    else:
-                        self._keep(question, name, None)
-            self.finished, self._hurry = finished, True
-            self._changed.notify_all()
-        return JSONResponse({"ended": True})
+        async def post(request: Request):
+            sent = await read_json(request, *keys)
+            return JSONResponse({"id": getattr(self._questions, method)(**sent)})
 
-    def _keep(self, question: Question, name: str | None, answer, **more) -> None:
-        annotator = {} if name is None else {"annotator": name}
-        field = labels.answer_field(question.row)
-        append_safely(self.file, {**question.row, field: answer, **annotator, **more})
-        question.answers[name] = answer
-        question.changes[name] += 1
+        return Route(f"/{method}", post, methods=["POST"])
 
-    async def _post_undo(self, request: Request):
-        sent = await read_json(request)
-        if not isinstance(sent, dict) or sent.keys() != {"id", "name"}:
-            raise HTTPError(400, "send an object of id and name")
-        with self._changed:
-            name = self._check_name(sent["name"])
-            _, question = self._find_answerable(sent["id"], name)
-            question.answers.pop(name, None)
-            question.changes[name] += 1
-            self._changed.notify_all()
-        return JSONResponse({"undone": True})
 
-    def _is_last(self, name: str | None) -> bool:
-        """Whether all is answered, and this person may still take an answer back."""
-        answered = [name in question.answers for question in self._questions.values()]
-        return bool(answered) and answered[-1] and self._missing() == 0
-
-    def _id(self, key: str, name: str | None) -> str:
-        return f"{key}-{self._questions[key].changes[name]}"
-
-    def _find_answerable(self, id, name: str | None) -> tuple[str, Question]:
-        """A question by its ID, and its KEY. Raises HTTPError where this person's has changed."""
-        key = str(id).rpartition("-")[0]
-        question = self._find_question(key)
-        if id != self._id(key, name):
-            raise HTTPError(409, "This was answered on another page: here is what it says now.")
-        return key, question
-
-    def _find_question(self, key: str) -> Question:
-        with self._changed:
-            if key not in self._questions:
-                late = "This answer came too late: training has begun without it. Thank you!"
-                raise HTTPError(409, late)
-            return self._questions[key]
-
-    def _check_name(self, name) -> str | None:
-        if name is None:
-            return None
-        if not (isinstance(name, str) and name.isprintable() and 0 < len(name.strip()) <= 40):
-            raise HTTPError(400, "a name has 1 to 40 printable characters")
-        if self.annotators == 1:
-            raise HTTPError(400, "one person labels this run, without a name")
-        name = " ".join(name.split())
-        with self._changed:  # "ann " is Ann
-            given = [n for q in self._questions.values() for n in q.answers]
-        known = {n.casefold(): n for n in given if not n.startswith(NOBODY)}
-        if name.casefold() not in known and len(known) >= self.annotators:
-            people = ", ".join(sorted(known.values()))
-            raise HTTPError(403, f"All {self.annotators} places are taken, by {people}. Thank you!")
-        return known.get(name.casefold(), name)
+def check_images(run: Path, questions: list[dict]) -> None:
+    """Raise ValueError where an image to show is not in the run's folder of images."""
+    folder = (run / "images").resolve()
+    for image in (image for row in questions for image in row["images"]):
+        if folder not in (run / image).resolve().parents:
+            raise ValueError(f"{image} is not in {folder}")
 
 
 class GuardMiddleware:
@@ -394,31 +442,34 @@ def read_story(run: Path) -> dict:
 
 def image_response(file: Path | None) -> FileResponse:
     if file is None or not file.is_file():
-        raise HTTPError(404, "there is no such image")
+        raise Refusal(404, "there is no such image")
     return FileResponse(file, media_type="image/png", headers={"Cache-Control": "private"})
 
 
-async def error_response(request: Request, error: HTTPError):
+async def error_response(request: Request, error: Refusal):
     return JSONResponse({"error": error.detail}, error.status_code, error.headers)
 
 
-async def read_json(request: Request):
-    """What a request holds. Raises HTTPError unless it is JSON, also by its header, and small."""
+async def read_json(request: Request, *keys: str) -> dict:
+    """The object of these keys that a request holds: JSON, also by its header, and small."""
     if request.headers.get("content-type", "").split(";")[0].strip() != "application/json":
-        raise HTTPError(415, "send application/json")  # pages of other sites cannot
+        raise Refusal(415, "send application/json")  # pages of other sites cannot
     length = request.headers.get("content-length", "")
     if not length.isdecimal() or int(length) > MAX_REQUEST_BYTES:
-        raise HTTPError(413, f"send at most {MAX_REQUEST_BYTES} bytes, and say how many")
+        raise Refusal(413, f"send at most {MAX_REQUEST_BYTES} bytes, and say how many")
     try:
-        return json.loads((await request.body()).decode())
+        sent = json.loads((await request.body()).decode())
     except ClientDisconnect:
-        raise HTTPError(400, "the request broke off") from None
+        raise Refusal(400, "the request broke off") from None
     except (ValueError, RecursionError):
-        raise HTTPError(400, "this is not JSON") from None
+        raise Refusal(400, "this is not JSON") from None
+    if not isinstance(sent, dict) or sent.keys() != set(keys):
+        raise Refusal(400, f"send an object of {', '.join(keys)}")
+    return sent
 
 
 def append_safely(file: Path, row: dict) -> None:
-    """Add a line to a file: on disk when this returns. Raises HTTPError, without half a line."""
+    """Add a line to a file: on disk when this returns. Raises Refusal, without half a line."""
     line, end = json.dumps(row).encode() + b"\n", file.stat().st_size
     try:
         with file.open("ab", buffering=0) as opened:
@@ -427,7 +478,7 @@ def append_safely(file: Path, row: dict) -> None:
             os.fsync(opened.fileno())
     except OSError as error:
         os.truncate(file, end)
-        raise HTTPError(500, f"{file} cannot be written ({error.strerror})") from error
+        raise Refusal(500, f"{file} cannot be written ({error.strerror})") from error
 
 
 def listen(port: int | None) -> socket.socket:

@@ -35,7 +35,8 @@ try:
     from sd.bench import RESULTS, make_parser, replace_section, size_change, table
     from sd.bench_cost import HERE, Bench, Setup, Side, count, machine_name, race, seconds
     from sd.bench_models import ARCHITECTURES, Architecture, build, small
-    from sd.pipeline import DTYPES, decode
+    from sd.families import DTYPES
+    from sd.pipeline import decode
 except ModuleNotFoundError as error:
     wanted = Path(__file__).parents[1].joinpath("requirements.txt").read_text()
     wanted = re.findall(r"^[\w-]+", wanted, re.MULTILINE)

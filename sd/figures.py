@@ -1,18 +1,28 @@
 """Figures of a run of sd_demo.py, drawn from what it stored."""
 
+import textwrap
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
 from PIL import Image
 
 from sd import files
+from sd.options import PEOPLE
+from sd.scorers import measure_of
+
+if TYPE_CHECKING:  # a figure is drawn long after a command line is read
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 NUM_FIGURE_IMAGES = 8  # held-out images that a run keeps at each evaluation
 NUM_PROGRESS_ROWS = 6
+WIDTH, DPI = 6, 160  # inches, and dots an inch: at 700 pixels, a README's width, text is readable
+TILE = 128  # pixels of an image in a row
+LEGEND = {  # above the data
+    **{"loc": "lower left", "bbox_to_anchor": (-0.01, 1), "borderaxespad": 0, "frameon": False},
+    **{"ncols": 3, "fontsize": 9, "handlelength": 1.5, "columnspacing": 1.2},
+}
 
 
 def held_out_file(run: Path, epoch: int, number: int) -> Path:
@@ -44,7 +54,7 @@ def open_image(file: Path) -> Image.Image | None:
 def draw_run(run: Path) -> list[Path]:
     """Draw a run; return the paths.
 
-    reward_curve.png; progress.png and before_after.png, where the last epoch was evaluated.
+    reward_curve.png; and progress.png, where the last epoch was evaluated.
     """
     config = files.read_json(run / "config.json")
     rows = files.read_lines(run / "metrics.jsonl")
@@ -54,16 +64,34 @@ def draw_run(run: Path) -> list[Path]:
     curves = draw_curves(rows, evaluated, config, run / "reward_curve.png")
     if kept[-1:] != rows[-1:]:  # the pictures show no other images than before
         return [curves]
-
-    evenly = np.linspace(0, len(evaluated) - 1, NUM_PROGRESS_ROWS)
-    chosen = [evaluated[n]["epoch"] for n in sorted({round(n) for n in evenly})]
-    images = {epoch: found for epoch in chosen if (found := held_out_images(run, epoch))}
-    if not (0 in images and len(images) > 1):
+    strips = {row["epoch"]: held_out_images(run, row["epoch"]) for row in evenly_apart(evaluated)}
+    shown = [row for row in evaluated if strips.get(row["epoch"])]
+    if len(shown) < 2 or shown[0]["epoch"] != 0:
         return [curves]
-    names = [f"epoch {epoch}" if epoch else "initial" for epoch in images]
-    progress = draw_rows(list(images.values()), names, run / "progress.png")
-    pairs = draw_pairs(images[0], images[max(images)], run / "before_after.png")
-    return [curves, progress, pairs]
+    images = [strips[row["epoch"]] for row in shown]
+    names = [row_name(row, config) for row in shown]
+    return [curves, draw_rows(images, names, run / "progress.png")]
+
+
+def evenly_apart(evaluated: list[dict]) -> list[dict]:
+    """At most NUM_PROGRESS_ROWS of them: the first, the last, and others as far from each other."""
+    step = -(-(len(evaluated) - 1) // (NUM_PROGRESS_ROWS - 1)) or 1
+    return evaluated[:1] + evaluated[:0:-step][::-1]
+
+
+def row_name(row: dict, config: dict) -> str:
+    """When an evaluation was, and its score or win rate."""
+    name = f"{epoch_word(config)} {row['epoch']}" if row["epoch"] else "before"
+    if row["eval_score"] is not None:
+        return f"{name}\n{measure_of(config['objective']).show(row['eval_score'])}"
+    return name
+
+
+def epoch_word(config: dict) -> str:
+    return "round" if config["objective"] in PEOPLE else "epoch"
+
+
+# Curves
 
 
 def draw_curves(rows: list[dict], evaluated: list[dict], config: dict, path: Path) -> Path:
@@ -71,62 +99,71 @@ def draw_curves(rows: list[dict], evaluated: list[dict], config: dict, path: Pat
 
     rows: metrics.jsonl; evaluated: those with held-out images, first the initial model's.
     """
-    panels = [draw_score if evaluated[0]["eval_score"] is not None else draw_people, draw_kl]
+    from matplotlib.figure import Figure
+
+    panels = [draw_score if evaluated[0]["eval_score"] is not None else draw_people]
     panels += [draw_watched] if evaluated[0]["watched"] is not None else []
-    figure, axes = plt.subplots(
-        1, len(panels), figsize=(5 * len(panels), 3.6), layout="constrained", squeeze=False
-    )
-    for draw, axis in zip(panels, axes[0], strict=True):
-        draw(axis, rows, evaluated, config)
-        axis.set(xlabel="epoch")
-        axis.xaxis.get_major_locator().set_params(integer=True)
+    panels += [draw_kl]
+    figure = Figure(figsize=(WIDTH, 2.3 * len(panels)), layout="constrained")
+    axes = figure.subplots(len(panels), sharex=True)
+    for draw, axis in zip(panels, axes, strict=True):
+        name = draw(axis, rows, evaluated, config)
+        axis.set_ylabel(textwrap.fill(name, 28))
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(**LEGEND)
+    axis.set_xlabel(epoch_word(config))
+    axis.xaxis.get_major_locator().set_params(integer=True)
     return save_figure(figure, path)
 
 
-def draw_score(axis, rows: list[dict], evaluated: list[dict], config: dict) -> None:
-    epochs, score, sem = (column(rows, key) for key in ("epoch", "score", "score_sem"))
-    axis.plot(epochs, score, color="0.5", linewidth=1, label="training images, ± s.e.")
-    axis.fill_between(epochs, score - sem, score + sem, color="0.85")
-    held_out = column(evaluated, "epoch"), column(evaluated, "eval_score")
-    axis.plot(*held_out, "ko-", markersize=4, label="held-out noises")
-    axis.axhline(evaluated[0]["eval_score"], color="black", linestyle=":", label="initial model")
-    axis.set(ylabel=f"score: {config['objective']}")
-    axis.legend()
+def draw_score(axis: "Axes", rows: list[dict], evaluated: list[dict], config: dict) -> str:
+    """Returns what the panel shows, with its unit."""
+    measure = measure_of(config["objective"])
+    epochs, error = column(rows, "epoch"), column(rows, "score_sem")
+    score = measure.factor * column(rows, "score")
+    axis.plot(epochs, score, color="0.5", linewidth=1, label="new images, ± s.e.")
+    axis.fill_between(epochs, score - error, score + error, color="0.85")
+    held_out = measure.factor * column(evaluated, "eval_score")
+    axis.plot(column(evaluated, "epoch"), held_out, "ko-", markersize=4, label="held-out images")
+    axis.axhline(held_out[0], color="black", linestyle=":", label="before training")
+    return measure.name
 
 
-def draw_people(axis, rows: list[dict], evaluated: list[dict], config: dict) -> None:
+def draw_people(axis: "Axes", rows: list[dict], evaluated: list[dict], config: dict) -> str:
     curves = {  # key of metrics.jsonl: line, name
-        "accuracy": ("ko-", "accuracy before training"),
-        "eval_win_rate": ("k^--", "win rate"),
-        "bad_share": ("ks:", "share of images tagged bad"),
+        "accuracy": ("ko-", "model agreed with new answers"),
+        "bad_share": ("ks:", "images tagged bad"),
     }
     for key, (line, name) in curves.items():
-        values = column(rows, key)
+        values = 100 * column(rows, key)
         known = ~np.isnan(values)
         if known.any():
             axis.plot(column(rows, "epoch")[known], values[known], line, markersize=4, label=name)
-    axis.axhline(0.5, color="0.6", linewidth=1, label="accuracy of chance")
-    axis.set(ylabel="share", ylim=(-0.02, 1.02))
-    axis.legend()
+    axis.axhline(50, color="0.6", linewidth=1, label="agreement by chance")
+    axis.set_ylim(-2, 102)
+    return "share (%)"
 
 
-def draw_kl(axis, rows: list[dict], evaluated: list[dict], config: dict) -> None:
-    epochs = column(rows, "epoch")
-    axis.plot(epochs, column(rows, "kl"), color="0.5", linewidth=1, label="all steps")
-    axis.plot(epochs, column(rows, "kl_trained"), "k-", label="steps trained on")
+def draw_kl(axis: "Axes", rows: list[dict], evaluated: list[dict], config: dict) -> str:
+    """The KL that --max-kl limits, and the limit; without a limit that of new images."""
+    axis.set_ylim(0, None)
     if config.get("max_kl"):
-        held_out = column(evaluated, "epoch"), column(evaluated, "eval_kl")
-        axis.plot(*held_out, "ko-", markersize=4, label="held out")
-        axis.axhline(config["max_kl"], color="black", linestyle=":", label="--max-kl")
-    axis.set(ylabel="KL to the initial model (nats an image)", ylim=(0, None))
-    axis.legend(loc="upper left")
+        held_out = [{"eval_kl": 0.0}, *evaluated[1:]]
+        axis.plot(column(evaluated, "epoch"), column(held_out, "eval_kl"), "ko-", markersize=4)
+        axis.axhline(config["max_kl"], color="black", linestyle=":", label="limit (--max-kl)")
+        axis.set_ylim(0, 1.05 * config["max_kl"])
+        return "KL of held-out images to the initial model (nats)"
+    axis.plot(column(rows, "epoch"), column(rows, "kl_trained"), "k-")
+    return "KL of new images to the initial model (nats)"
 
 
-def draw_watched(axis, rows: list[dict], evaluated: list[dict], config: dict) -> None:
-    axis.plot(column(evaluated, "epoch"), column(evaluated, "watched"), "ko-", markersize=4)
-    axis.set(ylabel=f"watched: {Path(config['watch']).name}")
+def draw_watched(axis: "Axes", rows: list[dict], evaluated: list[dict], config: dict) -> str:
+    measure = measure_of(config["watch"])
+    watched = measure.factor * column(evaluated, "watched")
+    axis.plot(column(evaluated, "epoch"), watched, "ko-", markersize=4)
     axis.margins(y=0.1)
     axis.set_ylim(bottom=min(0, axis.get_ylim()[0]))
+    return measure.name
 
 
 def column(rows: list[dict], key: str) -> np.ndarray:
@@ -134,26 +171,37 @@ def column(rows: list[dict], key: str) -> np.ndarray:
     return np.array([row.get(key) for row in rows], dtype=float)
 
 
+# Images
+
+
 def draw_pairs(before: list[Image.Image], after: list[Image.Image], path: Path) -> Path:
     """Images of the initial above those of the tuned model, from the same prompts and noises."""
-    return draw_rows([before[:16], after[:16]], ["initial", "tuned"], path)
+    rows = [side[first : first + 8] for first in (0, 8) for side in (before, after)]
+    rows = [row for row in rows if row]
+    return draw_rows(rows, ["before", "after"] * (len(rows) // 2), path)
 
 
 def draw_rows(rows: list[list[Image.Image]], names: list[str], path: Path) -> Path:
     """Rows of images with a name each, in one picture."""
-    columns = len(rows[0])
-    size = (1.3 * columns, 1.35 * len(rows))
-    figure, axes = plt.subplots(len(rows), columns, figsize=size, squeeze=False)
-    for images, name, line in zip(rows, names, axes, strict=True):
-        for image, axis in zip(images, line, strict=True):
-            axis.imshow(image)
-            axis.set(xticks=[], yticks=[])
-        line[0].set_ylabel(name)
-    figure.subplots_adjust(0.03, 0.01, 0.99, 0.99, wspace=0.03, hspace=0.03)
+    from matplotlib.figure import Figure
+
+    height, gap = round(TILE * rows[0][0].height / rows[0][0].width), TILE // 16
+    columns = max(map(len, rows))
+    across, down = columns * (TILE + gap) - gap, len(rows) * (height + gap) - gap
+    mosaic = Image.new("RGB", (across, down), "white")
+    for n, images in enumerate(rows):
+        for k, image in enumerate(images):
+            mosaic.paste(image.resize((TILE, height)), (k * (TILE + gap), n * (height + gap)))
+    left = 0.14  # of the width, for the names
+    figure = Figure(figsize=(WIDTH, (1 - left) * WIDTH * down / across))
+    axis = figure.add_axes((left, 0, 1 - left, 1), frame_on=False)
+    axis.imshow(mosaic)
+    axis.set_xticks([])
+    axis.set_yticks([n * (height + gap) + height / 2 for n in range(len(rows))], names)
+    axis.tick_params(length=0)
     return save_figure(figure, path)
 
 
-def save_figure(figure: plt.Figure, path: Path) -> Path:
-    files.replace(path, lambda part: figure.savefig(part, format="png", dpi=110))
-    plt.close(figure)
+def save_figure(figure: "Figure", path: Path) -> Path:
+    files.replace(path, lambda part: figure.savefig(part, format="png", dpi=DPI))
     return path

@@ -42,7 +42,8 @@ def replace(path: Path, write: Callable[[Path], object], *, mode: int = 0o666) -
             part.touch(mode)
             mode = part.stat().st_mode  # without the umask; safetensors' own is 0600
             write(part)
-            part.chmod(mode)
+            with suppress(OSError):  # some network drives refuse it
+                part.chmod(mode)
             os.replace(part, path)
         except BaseException:
             with suppress(OSError):
@@ -64,7 +65,7 @@ def finite(content):
 
 
 def save_text(path: Path, content: str) -> None:
-    replace(path, lambda part: part.write_text(content))
+    replace(path, lambda part: part.write_text(content, "utf-8"))
 
 
 def save_json(path: Path, content: dict) -> None:
@@ -108,7 +109,7 @@ def append(path: Path, rows: list[dict]) -> None:
 
 
 def read_json(path: Path) -> dict:
-    return json.loads(path.read_text())
+    return json.loads(path.read_bytes())
 
 
 def read_lines(path: Path) -> list[dict]:
@@ -144,7 +145,8 @@ class Lock:
             lock.acquire(timeout=0)
         except Timeout:
             raise UserError(
-                f"{folder} is at work in another process: wait for it, or stop it"
+                f"{folder} is at work in another process: wait for it, or stop it; if there is "
+                f"none, on another machine either, delete {folder / '.lock'}"
             ) from None
         except OSError as error:
             raise UserError(f"{folder} cannot be written ({error.strerror})") from error

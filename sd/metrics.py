@@ -1,4 +1,4 @@
-"""What labels, scores and log-probs say: accuracy, margin, KL, win rate, and a line to read."""
+"""What labels, scores and log-probs say: accuracy, margin, KL, win rate, and a line for people."""
 
 import math
 import sys
@@ -12,6 +12,8 @@ from torch import Tensor
 
 from sd import files
 from sd.labels import has_preference, pareto_preference
+from sd.options import PEOPLE
+from sd.scorers import measure_of
 
 TIED_EPOCHS = 3  # in a row in which no label says which image is better, after which a run stops
 KL_LIMIT = 30  # nats in the steps trained, about where the emoji model loses its animals
@@ -106,12 +108,6 @@ def scores_by_image(rows: list[dict]) -> list[list[float | None]]:
     return [score if isinstance(score, list) else [score] for score in by_image.values()]
 
 
-def bad_share(rows: list[dict]) -> float | None:
-    """Share of the images that people tagged as bad; None without tags."""
-    tags = [bad for row in rows for bad in row.get("bad") or []]
-    return sum(tags) / len(tags) if tags else None
-
-
 def mean_and_error(scores: Tensor) -> tuple[float, float] | tuple[None, None]:
     """Mean of scores (N,) and its standard error, without those that are NaN; None if all are."""
     scores = scores[scores.isfinite()]
@@ -122,16 +118,19 @@ def mean_and_error(scores: Tensor) -> tuple[float, float] | tuple[None, None]:
 
 
 def label_counts(rows: list[dict]) -> dict:
-    """How many labels of an epoch say which image is better, and how many images have no score.
+    """How many labels of an epoch say which image is better, how many images have no score.
 
-    And the share of images that were tagged bad. rows: lines of labels.jsonl; None for all where
-    there are none, as in a pass over --labels.
+    And the share of images that were tagged bad, None without tags. rows: lines of labels.jsonl;
+    None for all where there are none, as in a pass over --labels.
     """
     if not rows:
         return {"preferences": None, "unscored": None, "bad_share": None}
-    unscored = sum(None in scores for scores in scores_by_image(rows))
-    preferences = sum(map(has_preference, rows))
-    return {"preferences": preferences, "unscored": unscored, "bad_share": bad_share(rows)}
+    tags = [bad for row in rows for bad in row.get("bad") or []]
+    return {
+        "preferences": sum(map(has_preference, rows)),
+        "unscored": sum(None in scores for scores in scores_by_image(rows)),
+        "bad_share": fmean(tags) if tags else None,
+    }
 
 
 def nothing_to_learn(run: Path) -> str | None:
@@ -147,15 +146,19 @@ def nothing_to_learn(run: Path) -> str | None:
 
 
 def win_rate(h: Tensor) -> dict:
-    """Share of comparisons h (N,) that the first wins, ties half, and its 95 % Wilson interval."""
-    n, z = len(h), 1.96
-    if n == 0:
+    """Share of comparisons h (N,) that the first wins, ties half, and its 95 % interval."""
+    if len(h) == 0:
         return {"pairs": 0, "win_rate": None, "win_rate_interval": None}
     share = (h.double().mean().item() + 1) / 2
+    return {"pairs": len(h), "win_rate": share, "win_rate_interval": wilson(share, len(h))}
+
+
+def wilson(share: float, n: int) -> list[float]:
+    """Wilson's 95 % interval of a share of n."""
+    z = 1.96
     middle = share + z * z / (2 * n)
     half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    interval = [round(end / (1 + z * z / n), 12) for end in (middle - half, middle + half)]
-    return {"pairs": n, "win_rate": share, "win_rate_interval": interval}
+    return [round(end / (1 + z * z / n), 12) for end in (middle - half, middle + half)]
 
 
 def win_rate_vs_reference(tuned: EvalResult, initial: EvalResult) -> dict:
@@ -166,23 +169,25 @@ def win_rate_vs_reference(tuned: EvalResult, initial: EvalResult) -> dict:
     """
     result = {}
     if len(tuned.scores):
-        known = tuned.scores.isfinite().all(0) & initial.scores.isfinite().all(0)
-        h = pareto_preference(tuned.scores[:, known], initial.scores[:, known])
-        result = {**win_rate(h), "unscored": len(known) - len(h)}
-    for name, found in (("initial", initial), ("tuned", tuned)):
-        result[name] = {"watched": found.watched}
-        if len(found.scores):
-            score, error = mean_and_error(found.scores[0])
+        scored = tuned.scores.isfinite().all(0) & initial.scores.isfinite().all(0)
+        h = pareto_preference(tuned.scores[:, scored], initial.scores[:, scored])
+        result = {**win_rate(h), "unscored": len(scored) - len(h)}
+    for name, side in (("initial", initial), ("tuned", tuned)):
+        result[name] = {"watched": side.watched}
+        if len(side.scores):
+            score, error = mean_and_error(side.scores[0])
             result[name] |= {"score": score, "score_sem": error}
     return result
 
 
 def eval_row(now: EvalResult | None, initial: EvalResult) -> dict:
-    """What metrics.jsonl says of held-out noises; None where they were not evaluated or scored."""
+    """What metrics.jsonl says of held-out images; None where they were not evaluated or scored."""
     if now is None:
-        return dict.fromkeys(("eval_score", "eval_win_rate", "watched", "eval_kl"))
-    won = win_rate_vs_reference(now, initial)["win_rate"] if len(now.scores) else None
-    return {**now.as_row(), "eval_win_rate": won, "eval_kl": now.kl}
+        keys = ("eval_score", "eval_win_rate", "eval_pairs", "watched", "eval_kl")
+        return dict.fromkeys(keys)
+    result = win_rate_vs_reference(now, initial)
+    win = {"eval_win_rate": result.get("win_rate"), "eval_pairs": result.get("pairs")}
+    return {**now.as_row(), **win, "eval_kl": now.kl}
 
 
 def peak_memory_mb(device: torch.device) -> float | None:
@@ -200,36 +205,58 @@ def peak_memory_mb(device: torch.device) -> float | None:
     return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
 
 
-def format_metrics(row: dict, epochs: int, initial: dict) -> str:
-    """A row of metrics.jsonl as a line to read, and a warning where the model seems to break."""
-    parts = [f"epoch {row['epoch']}/{epochs}"]
+def format_metrics(
+    row: dict,
+    last_epoch: int,
+    initial: dict,
+    *,
+    objective: str = "score",
+    watch: str = "watched score",
+    max_kl: float | None = None,
+) -> str:
+    """A row of metrics.jsonl as a line for people, with its warnings.
+
+    initial: the initial model's scores; objective, watch, max_kl: as in config.json.
+    """
+    sentences = [f"{'Round' if objective in PEOPLE else 'Epoch'} {row['epoch']} of {last_epoch}"]
     if row["score"] is not None:
-        parts.append(f"score {row['score']:.3f} ± {row['score_sem']:.3f}")
+        sentences.append(f"New images: {measure_of(objective).say(row['score'])}")
     if row["eval_score"] is not None:
-        parts.append(f"held out {with_initial(row, initial, 'eval_score')}")
-    if row["eval_win_rate"] is not None:
-        parts.append(f"win rate {row['eval_win_rate']:.0%}")
+        held_out = measure_of(objective).say(row["eval_score"], initial["eval_score"])
+        share = row["eval_win_rate"]
+        preferred = "" if share is None else f", {percent(share)} preferred"
+        sentences.append(f"Held-out images: {held_out}{preferred}")
     if row["watched"] is not None:
-        parts.append(f"watched {with_initial(row, initial, 'watched')}")
-    if row["unscored"]:
-        parts.append(f"{row['unscored']} images without a score, in no label")
+        sentences.append(measure_of(watch).say(row["watched"], initial["watched"]))
     if row["accuracy"] is not None:
-        winners, losers = row["log_ratio_winners"], row["log_ratio_losers"]
-        parts.append(f"accuracy {row['accuracy']:.0%}")
-        parts.append(f"log-ratio of winners {winners:+.2f}, losers {losers:+.2f}")
-    if row["kl"] is not None:
-        parts.append(f"KL {row['kl']:.1f}, of it {row['kl_trained']:.1f} in the steps trained")
-    if row["eval_kl"] is not None:
-        parts.append(f"KL of the held-out images {row['eval_kl']:.1f}")
-    parts.append(f"{row['seconds_sample']:.0f} + {row['seconds_train']:.0f} s")
+        sentences.append(f"Agreed with {percent(row['accuracy'])} of the labels before training")
+    sentences.append(describe_kl(row, max_kl))
+    seconds = f"{row['seconds_sample']:.0f} s of sampling, {row['seconds_train']:.0f} s of training"
+    sentences.append(seconds)
+    if row["unscored"]:
+        sentences.append(f"{row['unscored']} images have no score and are in no label")
     if row["skipped"]:
-        parts.append(f"{row['skipped']} updates skipped, their gradient overflowed")
-    return "; ".join([*parts, *(f"WARNING: {warning}" for warning in row["warnings"])])
+        sentences.append(f"{row['skipped']} updates skipped: their gradient overflowed")
+    sentences += [f"WARNING: {warning}" for warning in row["warnings"]]
+    return " ".join(as_sentence(words) for words in sentences if words)
 
 
-def with_initial(row: dict, initial: dict, key: str) -> str:
-    before = "has none" if initial[key] is None else f"{initial[key]:.3f}"
-    return f"{row[key]:.3f} (initial {before})"
+def describe_kl(row: dict, max_kl: float | None) -> str | None:
+    """The KL that --max-kl limits; without a limit that of new images. None where there is none."""
+    if max_kl and row["eval_kl"] is not None:
+        return f"The KL to the initial model is {row['eval_kl']:.1f} of at most {max_kl:g} nats"
+    if not max_kl and row["kl_trained"] is not None:
+        kl = row["kl_trained"]
+        return f"The KL to the initial model is {kl:.1f} nats, of new images in the steps trained"
+    return None
+
+
+def as_sentence(words: str) -> str:
+    return f"{words[0].upper()}{words[1:]}."
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:.0f} %"
 
 
 def warnings(row: dict, initial: dict, earlier: list[dict]) -> list[str]:
@@ -237,24 +264,34 @@ def warnings(row: dict, initial: dict, earlier: list[dict]) -> list[str]:
 
     initial: the initial model's scores; earlier: the rows before.
     """
-    found = []
+    sentences = []
     if row["preferences"] == 0:
-        found.append("no label says which image is better: all are ties, skips or without a score")
+        sentences.append(
+            "no label says which image is better: all are ties, skips or without a score"
+        )
     if (row["log_ratio_winners"] or 0) < 0:
-        found.append("winners lose probability too; try a larger --beta or a smaller --lr")
-    if max(row["kl_trained"] or 0, row["eval_kl"] or 0) > KL_LIMIT:
-        found.append(f"KL to the initial model above {KL_LIMIT} nats; look at progress.png")
+        sentences.append(
+            "the preferred images become less likely too: try a larger --beta or a smaller --lr"
+        )
+    kl = row["kl_trained"] if row["eval_kl"] is None else row["eval_kl"]
+    if (kl or 0) > KL_LIMIT:
+        sentences.append(
+            f"the KL to the initial model is above {KL_LIMIT} nats: look at progress.png, images "
+            "may be broken"
+        )
     recent = [*earlier, row][-MANY_EPOCHS:]
     accuracies = [r["accuracy"] for r in recent if r["accuracy"] is not None]
     wins = any((r["eval_win_rate"] or 0) > GOOD_WIN_RATE for r in recent)
     at_chance = len(accuracies) == MANY_EPOCHS and fmean(accuracies) <= 0.5 and not wins
     if at_chance and row["labels"] >= MANY_LABELS:
-        found.append(
-            f"accuracy at chance after {row['labels']} labels: nothing is learned from them; try "
-            "a larger --lr, or clearer labels"
+        sentences.append(
+            f"after {row['labels']} labels the model agrees with new ones no better than chance: "
+            "try a larger --lr, or clearer labels"
         )
     watched, before = row["watched"], initial["watched"]
-    known = None not in (watched, before)
-    if known and watched < before - WATCHED_FALL * abs(before):
-        found.append(f"the watched score fell from {before:.3g} to {watched:.3g}")
-    return found
+    if None not in (watched, before) and watched < before - WATCHED_FALL * abs(before):
+        sentences.append(
+            f"what --watch measures fell from {before:.3g} to {watched:.3g}: the model loses "
+            "something that the labels do not see"
+        )
+    return sentences

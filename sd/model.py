@@ -19,7 +19,11 @@ from typing import NamedTuple
 import torch
 from accelerate import Accelerator
 from accelerate.utils import AutocastKwargs, InitProcessGroupKwargs
-from diffusers import DiffusionPipeline, SchedulerMixin, StableDiffusionXLPipeline
+from diffusers import (
+    DDIMScheduler,
+    DiffusionPipeline,
+    SchedulerMixin,
+)
 from diffusers.training_utils import cast_training_params
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from PIL import Image
@@ -27,22 +31,25 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import d3po
-from sd import files
+from sd import UserError, files
 from sd.files import LORA_FILE
 from sd.options import Settings
 from sd.pipeline import (
     NETWORKS,
     Conditioning,
+    as_ddim,
     decode,
     fuse_lora,
     load_pipeline,
     prediction_of,
-    use_ddim,
 )
 from sd.seeds import RandomPurpose, seeded_generator
 
 LORA_TARGETS = ["to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj"]  # App. E
 STOCK_IMAGES = 16  # a stock call takes 50 steps, guided
+# Latent elements of a pass without gradient: 16 rows of SD 1.5 at 512 pixels, whose activations
+# take 1 GB in fp16, less than an update's; a CPU is as fast from 8 rows of the emoji model on
+ELEMENTS_WITHOUT_GRADIENT = 2**18
 WORLD_SIZES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 # Beyond these, float32 log-ratios lose their meaning
 MIN_ALPHA_BAR = 1e-6
@@ -62,23 +69,30 @@ def lora_off(network: nn.Module):
 def make_accelerator(precision: str, device: str = "auto") -> Accelerator:
     """On this device, by default the best one that there is.
 
-    Raises ValueError, in a sentence, where a launcher started processes that would not find each
-    other: each would take itself for the only one.
+    Settings of accelerate's own that would change the training do not count. Raises UserError for
+    a launcher that shards the model, or whose processes would not find each other: each would take
+    itself for the only one.
     """
-    handlers = [
-        AutocastKwargs(enabled=False),  # the LoRA's layers cast for themselves
-        InitProcessGroupKwargs(timeout=timedelta(days=30)),  # people take their time
-    ]
-    mixed = "fp16" if precision == "fp16" else "no"
-    found = Accelerator(cpu=device == "cpu", mixed_precision=mixed, kwargs_handlers=handlers)
+    accelerator = Accelerator(
+        cpu=device == "cpu",
+        mixed_precision="fp16" if precision == "fp16" else "no",
+        dynamo_backend="no",
+        kwargs_handlers=[
+            AutocastKwargs(enabled=False),  # the LoRA's layers cast for themselves
+            InitProcessGroupKwargs(timeout=timedelta(days=30)),  # people take their time
+        ],
+    )
+    accelerator.gradient_accumulation_steps = 1
+    kind = accelerator.distributed_type.value
+    if kind != "NO" and not kind.startswith("MULTI_"):
+        raise UserError(f"accelerate is set up for {kind}: launch with --multi_gpu instead")
     for name in WORLD_SIZES:
         size = os.environ.get(name, "1")
-        if size not in ("1", str(found.num_processes)):
+        if size not in ("1", str(accelerator.num_processes)):
+            processes = f"this is 1 process of {accelerator.num_processes}"
             remedy = f"on CPUs use torchrun and --device cpu, else unset {name}"
-            raise ValueError(
-                f"{name} is {size}, but this is 1 process of {found.num_processes}: {remedy}"
-            )
-    return found
+            raise UserError(f"{name} is {size}, but {processes}: {remedy}")
+    return accelerator
 
 
 class RunningAverage:
@@ -141,19 +155,19 @@ class PipelinePolicy:
         self.alpha_bars, self.reference, self.on_call = alpha_bars, reference, on_call
 
     def __call__(self, x: Tensor, time: Tensor, cond: Tensor) -> Tensor:
-        asked = self.conditioning
+        conditioning, halves = self.conditioning, self.conditioning.halves
         alpha_bar = self.alpha_bars[time].view(-1, *[1] * (x.ndim - 1))
         a, b = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
         states = x
         if self.prediction == "flow":
             states, time = x / (a + b), 1000 * (b / (a + b)).flatten()
-        states = states.to(asked.latents.dtype).repeat(asked.halves, *[1] * (x.ndim - 1))
-        inputs = asked.batch(cond)
-        inputs["timestep"] = (asked.time_unit * time).repeat(asked.halves)
+        states = states.to(conditioning.latents.dtype).repeat(halves, *[1] * (x.ndim - 1))
+        inputs = conditioning.batch(cond)
+        inputs["timestep"] = (conditioning.time_unit * time).repeat(halves)
         with lora_off(self.network) if self.reference else nullcontext():
             output = self.network(states, **inputs)[0].float()
         self.on_call()
-        if asked.halves == 2:
+        if halves == 2:
             empty, prompted = output.chunk(2)
             output = empty + self.guidance_scale * (prompted - empty)
         if self.prediction == "v_prediction":  # v = a eps - b x_0 (arXiv 2202.00512)
@@ -178,9 +192,25 @@ class Model(NamedTuple):
     eval_prompts: Tensor  # (E,) numbers of those that held-out noises have, in turn
     lora: list[Tensor]  # the weights that are trained
 
+    def release(self) -> None:
+        """Give the pipeline back as it came: without the LoRA, with its own scheduler."""
+        self.network.unload_lora()
+        self.network.requires_grad_(True)
+        self.network.disable_gradient_checkpointing()
+        self.pipe.scheduler = self.stock_scheduler
+        self.pipe.set_progress_bar_config()
+        self.conditioning.move_text_encoders(self.conditioning.device)
+
     def log_prob(self, denoiser: PipelinePolicy, batch: "Batch") -> Tensor:
         """Log-probs (T, B) that a denoiser gives to the actions of a batch, nats, no gradient."""
-        return d3po.trajectory_log_prob(denoiser, self.schedule, batch.trajectory, batch.cond)
+        size = self.images_without_gradient
+        x, log_prob = (tensor.split(size, 1) for tensor in batch.trajectory)
+        trajectories = map(d3po.Trajectory, x, log_prob)
+        parts = [
+            d3po.trajectory_log_prob(denoiser, self.schedule, trajectory, cond)
+            for trajectory, cond in zip(trajectories, batch.cond.split(size), strict=True)
+        ]
+        return torch.cat(parts, 1)
 
     def save_lora(self, folder: Path) -> None:
         """Write the LoRA as pipe.load_lora_weights reads it."""
@@ -196,24 +226,26 @@ class Model(NamedTuple):
         return get_peft_model_state_dict(self.network)
 
     def load_lora(self, lora: dict) -> None:
-        """Take up tensors by PEFT's names; ValueError where they are of other layers or ranks."""
+        """Load tensors by PEFT's names; ValueError where they are of other layers or ranks."""
         own = self.lora_state()
         if {name: own[name].shape for name in own} != {name: lora[name].shape for name in lora}:
             raise ValueError("its layers or their rank are not those of this run")
         set_peft_model_state_dict(self.network, lora)
 
     def read_lora(self, file: Path) -> None:
-        """Take up what `save_lora` wrote."""
+        """Load what `save_lora` wrote."""
         prefix = f"{NETWORKS[type(self.pipe)]}."
         lora = load_file(file)
         self.load_lora({name.removeprefix(prefix): lora[name] for name in lora})
 
-    def release(self) -> None:
-        pass
-
     @property
     def latent_shape(self) -> tuple[int, ...]:
         return tuple(self.conditioning.latents.shape[1:])
+
+    @property
+    def images_without_gradient(self) -> int:
+        """How many images go through the network together where no gradient is wanted."""
+        return max(1, ELEMENTS_WITHOUT_GRADIENT // self.conditioning.latents.numel())
 
 
 def make_levels(pipe: DiffusionPipeline, args: Settings, prediction: str) -> tuple:
@@ -227,7 +259,12 @@ def make_levels(pipe: DiffusionPipeline, args: Settings, prediction: str) -> tup
             floor = MIN_ALPHA_BAR * torch.linspace(2, 1, len(alpha_bars))
             alpha_bars = torch.maximum(alpha_bars, floor)
         times = pipe.scheduler.timesteps.cpu().clamp(min=1)  # a step from time 0 has no noise
-    return d3po.make_schedule(alpha_bars, args.num_steps, args.eta, times), alpha_bars.float()
+    try:
+        schedule = d3po.make_schedule(alpha_bars, args.num_steps, args.eta, times)
+    except ValueError as error:
+        flags = f"--num-steps {args.num_steps} --eta {args.eta}"
+        raise UserError(f"{flags} cannot be sampled with: {error}") from error
+    return schedule, alpha_bars.float()
 
 
 def load_model(
@@ -244,24 +281,23 @@ def load_model(
     numbered: the prompts, which are sampled from, and after them others that have a number too.
     eval_prompts: of held-out noises; by default the prompts.
 
-    Raises ValueError, in a sentence for the user, for a model that cannot be trained.
+    Raises UserError for a model that cannot be trained.
     """
     pipe = load_pipeline(args.model, args.precision)
-    prediction, stock_scheduler = prediction_of(pipe, args.model), pipe.scheduler
-    if prediction != "flow" and (replaced := use_ddim(pipe)):
-        accelerator.print(f"Scheduler: DDIM, set_alpha_to_one off, in place of its {replaced}.")
+    prediction, stock_scheduler = prediction_of(pipe), pipe.scheduler
     if args.init_lora:
+        if pipe is args.model:
+            raise UserError("--init-lora goes with a model's name: fuse it into the pipeline")
         fuse_lora(pipe, args.init_lora)
+    if prediction != "flow":
+        pipe.scheduler = as_ddim(stock_scheduler)
+        if type(stock_scheduler) is not DDIMScheduler or stock_scheduler.config.set_alpha_to_one:
+            name = type(stock_scheduler).__name__
+            accelerator.print(f"Scheduler: DDIM, set_alpha_to_one off, in place of its {name}.")
     pipe.to(accelerator.device)
     pipe.set_progress_bar_config(disable=True)
-    for part in pipe.components.values():
-        if isinstance(part, nn.Module):
-            part.requires_grad_(False)
     with suppress(NotImplementedError):  # not all can
         pipe.vae.enable_slicing()
-    overflows = pipe.vae.dtype == torch.float16 and pipe.vae.config.force_upcast
-    if isinstance(pipe, StableDiffusionXLPipeline) and overflows:
-        pipe.vae.float()  # as the stock pipeline does
     call = {"num_inference_steps": args.num_steps, "guidance_scale": args.guidance_scale}
     size = {"height": args.height, "width": args.width}
     numbered = numbered or prompts
@@ -271,7 +307,7 @@ def load_model(
     network = conditioning.network
     torch.manual_seed(args.seed)
     lora = LoraConfig(r=args.lora_rank, lora_alpha=args.lora_rank, target_modules=LORA_TARGETS)
-    network.add_adapter(lora)
+    network.add_adapter(lora)  # the network's own weights need no gradient from here
     cast_training_params(network, torch.float32)
     if args.gradient_checkpointing:
         network.enable_gradient_checkpointing()
@@ -283,12 +319,14 @@ def load_model(
         prediction=prediction,
         on_call=on_call,
     )
-    model = Model(
+    wrapped = accelerator.prepare(network)
+    vars(network).pop("forward", None)  # accelerate's, whose output is float32, unlike stock's
+    return Model(
         pipe=pipe,
         stock_scheduler=stock_scheduler,
         network=network,
         conditioning=conditioning,
-        policy=as_policy(accelerator.prepare(network)),
+        policy=as_policy(wrapped),
         sampler=as_policy(network),
         reference=as_policy(network, reference=True),
         schedule=schedule,
@@ -296,7 +334,6 @@ def load_model(
         eval_prompts=torch.tensor([numbered.index(prompt) for prompt in eval_prompts or prompts]),
         lora=[p for p in network.parameters() if p.requires_grad],
     )
-    return model
 
 
 class Batch(NamedTuple):
@@ -315,6 +352,21 @@ class Batch(NamedTuple):
         K = self.images_per_prompt
         return [range(first, first + K) for first in range(0, len(self.images), K)]
 
+    def split(self, groups: int) -> list["Batch"]:
+        """Batches of so many groups."""
+        size = groups * self.images_per_prompt
+        x, log_prob = (tensor.split(size, 1) for tensor in self.trajectory)
+        return [
+            self._replace(
+                trajectory=d3po.Trajectory(x[n], log_prob[n]),
+                cond=cond,
+                prompts=self.prompts[n * size :][:size],
+                images=self.images[n * size :][:size],
+                files=self.files[n * size :][:size],
+            )
+            for n, cond in enumerate(self.cond.split(size))
+        ]
+
 
 def sample(
     model: Model,
@@ -322,45 +374,55 @@ def sample(
     prompts: Tensor,
     *,
     images_per_prompt: int,
-    generator: torch.Generator,
+    generators: list[torch.Generator],
     trajectory: d3po.Trajectory | None = None,
 ) -> Batch:
     """K images from one x_T for each of the prompts, given by number (N,).   Alg. 1 lines 4-11.
 
+    generators: one for each of the N K images, so that noise belongs to the image, whatever others
+    are sampled with it; the first one of a group draws x_T too.
     trajectory: of these images, where they were sampled before.
-    Raises FloatingPointError where an image is not finite.
+    Raises UserError where an image is not finite.
     """
-    device = model.network.device
-    cond = prompts.repeat_interleave(images_per_prompt).to(device)
+    K, size, device = images_per_prompt, model.images_without_gradient, model.network.device
+    cond = prompts.repeat_interleave(K).to(device)
     if trajectory is None:
-        x_T = torch.randn(len(prompts), *model.latent_shape, generator=generator)
-        x_T = x_T.repeat_interleave(images_per_prompt, 0).to(device)
-        trajectory = d3po.rollout(denoiser, model.schedule, x_T, cond, generator)
-    texts = [model.conditioning.prompts[number] for number in cond.tolist()]
-    images = decode(model.pipe, trajectory.x[-1], model.conditioning, names=texts)
+        x_T = torch.stack([torch.randn(model.latent_shape, generator=g) for g in generators[::K]])
+        x_T = x_T.repeat_interleave(K, 0).to(device)
+        parts = [
+            d3po.rollout(denoiser, model.schedule, x, numbers, generators[start : start + size])
+            for start, x, numbers in zip(
+                range(0, len(cond), size), x_T.split(size), cond.split(size), strict=True
+            )
+        ]
+        trajectory = join_chains(parts)
+    texts, images = [model.conditioning.prompts[number] for number in cond.tolist()], []
+    for start, x_0 in zip(range(0, len(texts), size), trajectory.x[-1].split(size), strict=True):
+        names = texts[start : start + size]
+        images += decode(model.pipe, x_0, model.conditioning, names=names)
     return Batch(trajectory, cond, texts, images, images_per_prompt)
+
+
+def join_chains(parts: list[d3po.Trajectory]) -> d3po.Trajectory:
+    """The chains of several batches as one."""
+    return d3po.Trajectory(*(torch.cat(tensors, 1) for tensors in zip(*parts, strict=True)))
 
 
 def sample_held_out(
     model: Model, denoiser: PipelinePolicy, args: Settings, *, purpose: RandomPurpose
 ) -> tuple[list[Image.Image], list[str], float | None]:
-    """--eval-images images of the evaluation's prompts, in turn, and noises, whatever was trained.
+    """--eval-images images of the evaluation's prompts, in turn, whatever was trained.
 
-    Returns images, prompts, and with --max-kl the KL to the initial model in the steps trained.
+    Noise belongs to the image: number n has the same, however many are sampled together. Returns
+    images, prompts, and with --max-kl the KL to the initial model in the steps trained.
     """
-    images, prompts, log_ratios = [], [], []
-    size = args.batch_size * args.images_per_prompt
-    for start in range(0, args.eval_images, size):
-        numbers = torch.arange(start, min(start + size, args.eval_images))
-        numbers = model.eval_prompts[numbers % len(model.eval_prompts)]
-        noise = seeded_generator(args.seed, purpose, start)
-        batch = sample(model, denoiser, numbers, images_per_prompt=1, generator=noise)
-        images += batch.images
-        prompts += batch.prompts
-        if args.max_kl and not denoiser.reference:
-            log_ratio = batch.trajectory.log_prob - model.log_prob(model.reference, batch)
-            log_ratios.append(log_ratio[: args.num_steps - args.skip_last].sum(0))
-    return images, prompts, torch.cat(log_ratios).mean().item() if log_ratios else None
+    numbers = model.eval_prompts[torch.arange(args.eval_images) % len(model.eval_prompts)]
+    noises = [seeded_generator(args.seed, purpose, n) for n in range(args.eval_images)]
+    batch = sample(model, denoiser, numbers, images_per_prompt=1, generators=noises)
+    if not args.max_kl or denoiser.reference:
+        return batch.images, batch.prompts, None
+    log_ratio = batch.trajectory.log_prob - model.log_prob(model.reference, batch)
+    return batch.images, batch.prompts, log_ratio[: args.trained_steps].sum(0).mean().item()
 
 
 def sample_stock(
@@ -380,10 +442,11 @@ def sample_stock(
     pipe.scheduler = model.stock_scheduler
     try:
         with lora_off(model.network) if denoiser.reference else nullcontext():
-            for start in range(0, N, args.batch_size * args.images_per_prompt):
-                part = range(start, min(start + args.batch_size * args.images_per_prompt, N))
-                noise = [seeded_generator(args.seed, RandomPurpose.STOCK, n) for n in part]
-                images += pipe([prompts[n] for n in part], generator=noise, **size).images
+            for part in torch.arange(N).split(model.images_without_gradient):
+                noises = [
+                    seeded_generator(args.seed, RandomPurpose.STOCK, n) for n in part.tolist()
+                ]
+                images += pipe([prompts[n] for n in part], generator=noises, **size).images
     finally:
         pipe.scheduler = own
         model.conditioning.move_text_encoders("cpu")

@@ -6,9 +6,9 @@ stops it. So a family needs no code of its own, but for how its latents are pack
 
 import inspect
 import os
+import re
 from collections.abc import Callable
-from contextlib import suppress
-from functools import cache
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -17,6 +17,7 @@ from diffusers import (
     DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
+    SchedulerMixin,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
@@ -27,24 +28,20 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from tqdm import tqdm
 
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+from sd import UserError
+from sd.families import DTYPES, read_config
+
 NETWORKS = {  # of what can be trained; pipelines alike may call their network twice a step
     StableDiffusionPipeline: "unet",
     StableDiffusionXLPipeline: "unet",
     StableDiffusion3Pipeline: "transformer",
     FluxPipeline: "transformer",
 }
-# Flags by pipeline class, and where they are from; beside Stable Diffusion none is measured here
-PRESETS = {
-    "StableDiffusionXLPipeline": {"guidance_scale": 5.0},
-    "StableDiffusion3Pipeline": {"guidance_scale": 4.5},
-    "FluxPipeline": {"guidance_scale": 3.5},
-}
 # Samplers of one and the same process, x_t = sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) eps
 SCHEDULERS = """
-    DDIM DDPM PNDM LMSDiscrete EulerDiscrete EulerAncestralDiscrete HeunDiscrete KDPM2Discrete
-    KDPM2AncestralDiscrete DPMSolverMultistep DPMSolverSinglestep DPMSolverSDE UniPCMultistep
-    DEISMultistep
+    DDIM DDIMParallel DDPM DDPMParallel PNDM LMSDiscrete EulerDiscrete EulerAncestralDiscrete
+    HeunDiscrete KDPM2Discrete KDPM2AncestralDiscrete DPMSolverMultistep DPMSolverSinglestep
+    DPMSolverSDE UniPCMultistep DEISMultistep SASolver
 """.split()
 SINGLE_FILES = {  # by diffusers' name of what a checkpoint holds
     "v1": StableDiffusionPipeline,
@@ -55,50 +52,81 @@ SINGLE_FILES = {  # by diffusers' name of what a checkpoint holds
     "sd35_large": StableDiffusion3Pipeline,
     "flux": FluxPipeline,
 }
+OTHER_ADAPTERS = {"hada_": "LoHa", "lokr_": "LoKr", "oft_": "OFT", "ia3_": "IA3"}
+UNFUSED = "a LoRA that is not fused: call fuse_lora() and unload_lora_weights() before"
 CACHED_BYTES = 5e8  # of conditioning that is kept
 
 
-def load_pipeline(name: str, precision: str) -> DiffusionPipeline:
-    """From the hub, a folder or one .safetensors file; ValueError, in a sentence, otherwise."""
+def load_pipeline(model: str | DiffusionPipeline, precision: str) -> DiffusionPipeline:
+    """From the hub, a folder or one .safetensors file; one that is loaded, in this precision.
+
+    Raises UserError where it cannot be loaded or trained.
+    """
     dtype = DTYPES[precision]
     try:
-        if name.endswith(".safetensors"):
-            return load_single_file(name, dtype)
-        config = read_config(name)
-        if isinstance(config, Exception):
-            raise config
-        kind = pipeline_class(config["_class_name"])
-        options = {"variant": only_variant(Path(name), NETWORKS[kind])}
-        options |= {part: None for part, value in config.items() if value == [None, None]}
-        if kind is StableDiffusionPipeline:
-            options |= {"safety_checker": None, "requires_safety_checker": False}
-        return kind.from_pretrained(name, dtype=dtype, **options)
+        if isinstance(model, DiffusionPipeline):
+            return accept(model, dtype)
+        if model.endswith(".safetensors"):
+            return load_single_file(model, dtype)
+        options = loading_options(model)
+        return pipeline_class(model).from_pretrained(model, dtype=dtype, **options)
     except Exception as error:  # the hub's client raises many kinds
-        remedy = "it needs network access; or give a folder"
-        if os.path.exists(name):
-            remedy = f"give another {'file' if os.path.isfile(name) else 'folder'}"
+        name, remedy = f"--model {model}", "it needs network access; or give a folder"
+        if isinstance(model, DiffusionPipeline):
+            name, remedy = "the pipeline", "give another"
+        elif os.path.exists(model):
+            remedy = f"give another {'file' if os.path.isfile(model) else 'folder'}"
         reason = str(error).partition("\n")[0]
-        raise ValueError(f"--model {name} cannot be loaded: {remedy} ({reason})") from error
+        raise UserError(f"{name} cannot be loaded: {remedy} ({reason})") from error
 
 
-def pipeline_name(model: str) -> str | None:
-    """The class that a folder or hub id says it is, where that can be read."""
-    config = read_config(model)
-    return None if isinstance(config, Exception) else config["_class_name"]
+def accept(pipe: DiffusionPipeline, dtype: torch.dtype) -> DiffusionPipeline:
+    """A loaded pipeline, moved to this dtype. ValueError where it cannot be trained."""
+    network = getattr(pipe, NETWORKS[class_by_name(type(pipe).__name__)])
+    if getattr(network, "peft_config", None):
+        raise ValueError(f"it has {UNFUSED}")
+    for part in pipe.components.values():
+        if isinstance(part, nn.Module):
+            part.eval()  # one that was made, not loaded, may have dropout
+    return pipe if network.dtype == dtype else pipe.to(dtype)
 
 
-@cache
-def read_config(model: str) -> dict | Exception:
-    """model_index.json of a folder or hub id, or why not: without network the hub takes minutes."""
-    if not os.path.exists(model) and (model.count("/") > 1 or model[:1] in "./~"):
-        return FileNotFoundError("there is no such folder")  # a hub id is a name, or owner/name
-    try:
-        return DiffusionPipeline.load_config(model)
-    except Exception as error:  # the hub's client raises many kinds
-        return error
+def loading_options(name: str) -> dict:
+    """What from_pretrained needs beside the name of a folder or hub id; for a file, nothing.
+
+    Raises ValueError for weights with a LoRA inside, and what the hub's client raises.
+    """
+    if name.endswith(".safetensors"):
+        return {}
+    kind = pipeline_class(name)
+    options = {part: None for part, value in read_config(name).items() if value == [None, None]}
+    if kind is StableDiffusionPipeline:
+        options |= {"safety_checker": None, "requires_safety_checker": False}
+    files = sorted((Path(name) / NETWORKS[kind]).glob("*.safetensors"))
+    if files and all(".fp16." in file.name for file in files):
+        options["variant"] = "fp16"
+    if any("lora_" in key for key in tensor_names(files)):
+        raise ValueError(f"it was saved with {UNFUSED}; or give it as --init-lora")
+    return options
+
+
+def tensor_names(files: list[Path]) -> list[str]:
+    """Names of the tensors in the first of some files, if it is a .safetensors file."""
+    if not files or files[0].suffix != ".safetensors":
+        return []
+    with safe_open(files[0], "pt") as weights:
+        return list(weights.keys())
 
 
 def pipeline_class(name: str) -> type[DiffusionPipeline]:
+    """The class of a folder or hub id. Raises ValueError for one that cannot be trained."""
+    config = read_config(name)
+    if isinstance(config, Exception):
+        raise config
+    return class_by_name(config["_class_name"])
+
+
+def class_by_name(name: str) -> type[DiffusionPipeline]:
     classes = {kind.__name__: kind for kind in NETWORKS}
     if name not in classes:
         raise ValueError(f"it is a {name}, and this script trains {', '.join(classes)}")
@@ -123,60 +151,67 @@ def load_single_file(file: str, dtype: torch.dtype) -> DiffusionPipeline:
         ) from error
 
 
-def only_variant(folder: Path, network: str) -> str | None:
-    """fp16 where a folder has no other weights. ValueError for weights with a LoRA inside."""
-    files = sorted((folder / network).glob("*.safetensors"))
-    for file in files[:1]:
-        with safe_open(file, "pt") as weights:
-            with_lora = any("lora_" in key for key in weights.keys())
-        if with_lora:
-            raise ValueError(
-                "it was saved with a LoRA that is not fused: save it after fuse_lora() and "
-                "unload_lora_weights(), or give the model without it and --init-lora"
-            )
-    return "fp16" if files and all(".fp16." in file.name for file in files) else None
-
-
 def fuse_lora(pipe: DiffusionPipeline, path: str) -> None:
-    """Put a LoRA into the weights for good. Raises ValueError where it does not fit."""
+    """Put a LoRA into the weights for good. Raises UserError where not all of it fits."""
     try:
+        file = Path(path)
+        files = sorted(file.glob("*.safetensors")) if file.is_dir() else [file]
+        for mark, kind in OTHER_ADAPTERS.items():
+            if any(mark in name for name in tensor_names(files)):
+                raise ValueError(f"it is a {kind}, and only a LoRA can be fused")
+        state = pipe.lora_state_dict(path)
+        tensors = state[0] if isinstance(state, tuple) else state
         pipe.load_lora_weights(path)
-        if not pipe.get_list_adapters():
-            raise ValueError("none of its layers is in this model")
+        parts = [part for part in pipe.components.values() if isinstance(part, nn.Module)]
+        names = [name for part in parts for name, _ in part.named_parameters()]
+        matrices, placed = (sum(map(is_lora_matrix, some)) for some in (tensors, names))
+        if placed < matrices:
+            raise ValueError(f"{placed} of its {matrices} matrices have a layer in this model")
         pipe.fuse_lora()
         pipe.unload_lora_weights()
     except Exception as error:
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"--init-lora {path} does not fit this model ({reason})") from error
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"--init-lora {path} does not fit this model ({reason})") from error
 
 
-def prediction_of(pipe: DiffusionPipeline, model: str) -> str:
+def is_lora_matrix(name: str) -> bool:
+    """Whether a tensor is a LoRA's matrix; the names are diffusers', old and new."""
+    return bool(re.search(r"lora.*[._](A|B|down|up)\b.*weight$", name))
+
+
+def prediction_of(pipe: DiffusionPipeline) -> str:
     """What the network predicts: epsilon, v_prediction or flow.
 
-    Raises ValueError, in a sentence, where its chain is not one that d3po.py knows.
+    Raises UserError where its chain is not one that d3po.py knows.
     """
     name, config = type(pipe.scheduler).__name__, pipe.scheduler.config
     if isinstance(pipe.scheduler, FlowMatchEulerDiscreteScheduler):
         return "flow"
     prediction = config.get("prediction_type", "epsilon")
     if name.removesuffix("Scheduler") not in SCHEDULERS or config.get("use_flow_sigmas"):
-        problem = f"its {name} samples another process than DDIM's or a rectified flow's"
+        problem = f"DDIM cannot take the place of its {name}"
+    elif config.get("timestep_type") == "continuous":
+        problem = f"its {name} tells the network log(sigma) / 4, not the number of a noise level"
     elif prediction not in ("epsilon", "v_prediction"):
         problem = f"it predicts '{prediction}', not epsilon, v or a flow"
     elif config.get("thresholding") or config.get("clip_sample"):
         problem = f"its {name} clips x_0, which no Gaussian step does"
     else:
         return prediction
-    raise ValueError(f"--model {model} cannot be trained: {problem}")
+    raise UserError(f"This model cannot be trained, choose another: {problem}")
 
 
-def use_ddim(pipe: DiffusionPipeline) -> str | None:
-    """Give an epsilon or v model DDIM's scheduler; return the name of another that it had."""
-    old = pipe.scheduler
+def as_ddim(scheduler: SchedulerMixin) -> DDIMScheduler:
+    """DDIM on the noise levels of the scheduler of an epsilon or v model."""
+    return DDIMScheduler.from_config(scheduler.config, **ddim_options(scheduler))
+
+
+def ddim_options(scheduler: SchedulerMixin) -> dict:
+    """What DDIM needs beside the settings of another scheduler."""
     options = {"set_alpha_to_one": False, "clip_sample": False}  # DDIM's own defaults are True
-    pipe.scheduler = DDIMScheduler.from_config(old.config, **options)
-    same = type(old) is DDIMScheduler and not old.config.set_alpha_to_one
-    return None if same else type(old).__name__
+    if scheduler.config.beta_schedule not in ("linear", "scaled_linear", "squaredcos_cap_v2"):
+        options["trained_betas"] = scheduler.betas.tolist()  # it makes no others
+    return options
 
 
 # Conditioning
@@ -282,44 +317,65 @@ def decode(
 ) -> list[Image.Image]:
     """The images of final states (B, *D); names (B,): what an error calls them.
 
-    Raises FloatingPointError, in a sentence for the user, where one is not finite.
+    Raises UserError where one is not finite.
     """
     check_finite(x_0, names, "the network", conditioning.latents.dtype)
     if isinstance(pipe, FluxPipeline):  # its latents are rows of 2x2 patches
         rows, columns = (conditioning.first["img_ids"].amax(0)[1:].int() + 1).tolist()
         patch = 2 * pipe.vae_scale_factor
         x_0 = pipe._unpack_latents(x_0, rows * patch, columns * patch, pipe.vae_scale_factor)
-    scale, shift = latent_scale(pipe.vae, x_0.device)
-    latents = (x_0.to(pipe.vae.dtype) / scale + shift).to(pipe.vae.dtype)
-    pixels = pipe.vae.decode(latents).sample
-    check_finite(pixels, names, "the VAE's decoder", pipe.vae.dtype)
+    with upcast_vae(pipe) as vae:
+        scale, shift = latent_scale(vae, x_0.device)
+        latents = (x_0.to(vae.dtype) / scale + shift).to(vae.dtype)
+        pixels = vae.decode(latents).sample
+        check_finite(pixels, names, "the VAE's decoder", vae.dtype)
     return pipe.image_processor.postprocess(pixels, output_type="pil")
 
 
 @torch.no_grad()
 def encode(pipe: DiffusionPipeline, images: list[Image.Image], *, names: list[str]) -> Tensor:
     """Final states x_0 (B, *D) of images of the model's own size: the inverse of `decode`."""
-    pixels = pipe.image_processor.preprocess(images).to(pipe.vae.device, pipe.vae.dtype)
-    latents = pipe.vae.encode(pixels).latent_dist.mode().float()
-    check_finite(latents, names, "the VAE's encoder", pipe.vae.dtype)
+    with upcast_vae(pipe) as vae:
+        pixels = pipe.image_processor.preprocess(images).to(vae.device, vae.dtype)
+        output = vae.encode(pixels)
+        latents = output.latents if "latents" in output else output.latent_dist.mode()
+        check_finite(latents, names, "the VAE's encoder", vae.dtype)
+    latents = latents.float()
     scale, shift = latent_scale(pipe.vae, latents.device)
     x_0 = (latents - shift) * scale
     return pipe._pack_latents(x_0, *x_0.shape) if isinstance(pipe, FluxPipeline) else x_0
 
 
+@contextmanager
+def upcast_vae(pipe: DiffusionPipeline):
+    """The VAE; inside, SDXL's is float32 where fp16 overflows, as in its stock pipeline."""
+    vae = pipe.vae
+    overflows = vae.dtype == torch.float16 and vae.config.force_upcast
+    if not isinstance(pipe, StableDiffusionXLPipeline) or not overflows:
+        yield vae
+        return
+    vae.float()
+    try:
+        yield vae
+    finally:
+        vae.half()
+
+
 def check_finite(values: Tensor, names: list[str], part: str, dtype: torch.dtype) -> None:
-    """Raise FloatingPointError where values (B, ...) of images, made by a part, are not finite."""
+    """Raise UserError where values (B, ...) of images, made by a part, are not finite."""
     finite = values.flatten(1).isfinite().all(1).tolist()
     if all(finite):
         return
     broken = [f"number {n} ({name})" for n, name in enumerate(names, 1) if not finite[n - 1]]
     listed = ", ".join(broken[:3]) + (", ..." if len(broken) > 3 else "")
     precision = next(name for name, kind in DTYPES.items() if kind == dtype)
-    remedy = {"fp16": "--precision bf16 or fp32", "bf16": "--precision fp32"}
-    remedies = remedy.get(precision, "a lower --lr, or another --model if nothing is trained yet")
-    raise FloatingPointError(
+    remedy = "--precision fp32"
+    if precision == "fp32":
+        remedy = "another --model if nothing is trained yet"
+    raise UserError(
         f"{len(broken)} of {len(names)} images are not finite: {listed}. What {part} gave in "
-        f"{precision} is NaN or infinite. Nothing of them is kept; start a new run with {remedies}"
+        f"{precision} is NaN or infinite. Nothing of them is kept; start a new run with a lower "
+        f"--lr, or {remedy}"
     )
 
 

@@ -1,37 +1,152 @@
-"""What a run leaves to read: README.md for who gets the LoRA, report.html for who made it."""
+"""What a run leaves to read: its result in sentences, a card for the LoRA, and report.html."""
 
 import base64
 import html
+import os
 from argparse import Namespace
 from pathlib import Path
 
 from sd import files
+from sd.metrics import as_sentence, describe_kl, percent, wilson
+from sd.options import PEOPLE
+from sd.scorers import measure_of, split_objective
 
+SETTINGS = "These are the settings that it was trained with; with others its effect may differ."
 FIGURES = {  # file of a run -> what it shows
-    "reward_curve.png": "Over the epochs.",
-    "progress.png": "The same noises over the epochs; no training saw them.",
-    "evaluation.png": "Initial and tuned model on noises of the evaluation.",
-    "evaluation_stock.png": "The same at the pipeline's own settings.",
+    "progress.png": "Images from the same starting noises, over the training, which did not see "
+    "them; with the mean score of all held-out images, where there is one.",
+    "reward_curve.png": "The whole training.",
+    "evaluation.png": "Before and after training, from the noises of the evaluation.",
+    "evaluation_stock.png": "The same with the pipeline's own settings.",
 }
-STYLE = """<style>
+STYLE = """<meta name=viewport content="width=device-width">
+<style>
 :root { color-scheme: light dark }
-body { font: 1rem/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
-img { max-width: 100% }
-pre { white-space: pre-wrap; overflow-wrap: anywhere; background: #8882; padding: 1rem }
-th { text-align: left; font-weight: normal; padding-right: 2rem }
+body { font: 1rem/1.5 system-ui, sans-serif; max-width: 44rem; margin: 2rem auto; padding: 0 1rem }
+h1 { overflow-wrap: anywhere; line-height: 1.2 }
+img { width: 100% }
+pre { overflow-x: auto; background: #8882; padding: 1rem }
 </style>"""
 
 
-def settings_of(run: Path) -> Namespace:
-    return Namespace(**{**files.read_json(run / "config.json"), "out": run})
+def settings_of(folder: Path) -> Namespace:
+    return Namespace(**{**files.read_json(folder / "config.json"), "out": folder})
 
 
-def usage(run: Path, prompt: str, *, pipeline: str, flow: bool) -> str:
+# The result
+
+
+def result_sentences(folder: Path) -> list[str]:
+    """What a run was trained on, what came of it, at which cost, and how far the model went.
+
+    From evaluation.json where it is about the model as it is, else from the last held-out images.
+    """
+    settings, rows = settings_of(folder), files.read_lines(folder / "metrics.jsonl")
+    if not rows:
+        return ["No epoch is done, so nothing is learned yet."]
+    sentences = [describe_training(settings, rows[-1])]
+    evaluation = folder / "evaluation.json"
+    result = files.read_json(evaluation) if evaluation.exists() else {}
+    if result and result.get("epoch", rows[-1]["epoch"]) == rows[-1]["epoch"]:
+        sentences += evaluation_sentences(result, result["objective"], settings.watch)
+    else:
+        sentences += held_out_sentences(settings, rows)
+    accuracy = rows[-1]["accuracy"]
+    if settings.objective in PEOPLE and accuracy is not None:
+        sentences.append(
+            f"Before it was trained on the last round's answers it agreed with {percent(accuracy)} "
+            "of them; chance is 50 %."
+        )
+    kl = [words for row in rows if (words := describe_kl(row, settings.max_kl))]
+    return sentences + [as_sentence(words) for words in kl[-1:]]
+
+
+def describe_training(settings: Namespace, last: dict) -> str:
+    """last: the last row of metrics.jsonl."""
+    time = "rounds" if settings.objective in PEOPLE else "epochs"
+    preferences = f"{last['labels']:,} preferences {source(settings)}"
+    return f"Trained on {preferences} in {last['epoch']} {time} of D3PO."
+
+
+def source(settings: Namespace) -> str:
+    """Where the labels come from."""
+    sources = [f"by {in_words(settings.objective)}"] if settings.objective else []
+    sources += [f"from {Path(settings.labels).name}"] if settings.labels else []
+    return " and ".join(sources)
+
+
+def in_words(objective: str) -> str:
+    words = {"human": "people", "tags": "tags of people"}
+    names = [name.rpartition(".py:")[2].replace("_", " ") for name in split_objective(objective)]
+    return " and ".join(words.get(name, name) for name in names)
+
+
+def held_out_sentences(settings: Namespace, rows: list[dict]) -> list[str]:
+    """The last held-out images that metrics.jsonl has a number of, as `comparison_sentences`."""
+    keys, sentences, result = ("eval_score", "watched"), [], {}
+    measured = [row for row in rows if any(row[key] is not None for key in keys)]
+    if measured:
+        last = measured[-1]
+        for name, side in (("initial", settings.initial), ("tuned", last)):
+            result[name] = {"score": side["eval_score"], "watched": side["watched"]}
+        if pairs := last.get("eval_pairs"):
+            share = last["eval_win_rate"]
+            result |= {"pairs": pairs, "win_rate": share, "win_rate_interval": wilson(share, pairs)}
+        sentences = comparison_sentences(result, settings.objective, settings.watch)
+    if "win_rate" not in result:
+        sentences.append("Whether its images are better is not measured yet: --evaluate does it.")
+    return sentences
+
+
+def evaluation_sentences(result: dict, objective: str, watch: str | None = None) -> list[str]:
+    """evaluation.json in words.
+
+    watch: the scorer of --watch, as in config.json.
+    """
+    sentences = comparison_sentences(result, objective, watch)
+    if result.get("annotators", 1) > 1:
+        share = percent(result["more_than_half_of_votes"])
+        sentences.append(f"In {share} of the questions more than half of the answers preferred it.")
+    if result.get("skipped"):
+        sentences.append(f"Skipped questions: {result['skipped']}.")
+    if result.get("unscored"):
+        sentences.append(f"Images without a score, which do not count: {result['unscored']}.")
+    stock = comparison_sentences(result.get("stock", {}), objective, watch)
+    if stock:
+        sentences.append(f"With the pipeline's own settings, pipe(prompt): {' '.join(stock)}")
+    return sentences
+
+
+def comparison_sentences(result: dict, objective: str | None, watch: str | None) -> list[str]:
+    """Tuned against initial model: who is preferred, the score, and what the labels do not see."""
+    sentences, initial, tuned = [], result.get("initial", {}), result.get("tuned", {})
+    if result.get("pairs"):
+        low, high = result["win_rate_interval"]
+        share, interval = percent(result["win_rate"]), f"{100 * low:.0f} to {percent(high)}"
+        blind = f"Of {result['pairs']} blind answers {share} preferred the tuned model"
+        scored = f"Of {result['pairs']} images from new noise {share} are better than before"
+        words = blind if "votes" in result else scored
+        sentences.append(f"{words} (95 % interval {interval}; ties count half).")
+    for scorer, key in ((objective, "score"), (watch, "watched")):
+        if tuned.get(key) is not None:
+            words = measure_of(scorer or "watched score").say(tuned[key], initial[key])
+            sentences.append(as_sentence(words))
+    return sentences
+
+
+# Card and page
+
+
+def lora_path(folder: Path) -> str:
+    return os.path.abspath(folder / "lora")
+
+
+def usage(folder: Path, prompt: str, *, pipeline: str, flow: bool) -> str:
     """Python that loads the LoRA and draws an image as the training did; it runs as it stands.
 
     pipeline: its class in diffusers; flow: whether it is a rectified flow, which has no eta.
     """
-    args = settings_of(run)
+    args = settings_of(folder)
     load = "from_single_file" if args.model.endswith(".safetensors") else "from_pretrained"
     dtype = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}[args.precision]
     call = {"num_inference_steps": args.num_steps, "guidance_scale": args.guidance_scale}
@@ -55,77 +170,78 @@ def usage(run: Path, prompt: str, *, pipeline: str, flow: bool) -> str:
         lines += ["pipe.unload_lora_weights()"]
     lines += [
         "# That it finds no keys of the text encoder is as it should be",
-        f"pipe.load_lora_weights({str(run.resolve() / 'lora')!r})",
+        f"pipe.load_lora_weights({lora_path(folder)!r})",
         f"image = pipe({prompt!r}, {settings}).images[0]",
         'image.save("image.png")',
     ]
     return "\n".join(lines)
 
 
-def write(run: Path, epoch: int, code: str) -> None:
+def write(folder: Path, epoch: int, code: str) -> None:
     """README.md, a model card, and report.html, one file that needs no network, of a run.
 
-    code: `usage`.
+    epoch: the last one that is kept; code: `usage`.
     """
-    args = settings_of(run)
-    learned = f"objective {args.objective}" if args.objective else f"labels of {args.labels}"
-    title = f"LoRA for {args.model}, {learned}, {epoch} epochs of D3PO (arXiv 2311.13231)"
-    rows = files.read_lines(run / "metrics.jsonl")
-    evaluation = run / "evaluation.json"
-    result = files.read_json(evaluation) if evaluation.exists() else {}
-    stock = result.pop("stock", None)
-    note = "At the pipeline's own settings its effect is not measured: --evaluate does it."
-    if stock:
-        note = f"At the pipeline's own settings, pipe(prompt), its effect: {format_value(stock)}."
-    pictures = [name for name in FIGURES if (run / name).exists()]
+    settings = settings_of(folder)
+    title = f"{Path(settings.model).name}, tuned by D3PO on labels {source(settings)}"
+    files.save_text(folder / "README.md", card(folder, title, epoch=epoch, code=code))
+    files.save_text(folder / "report.html", page(folder, title, code=code))
 
-    card = [f"# {title}", f"    {args.command}", f"```python\n{code}\n```", note]
-    card += [f"![{FIGURES[name]}]({name})" for name in pictures]
-    card += [f"Evaluation: {format_value(result)}."] if result else []
-    files.save_text(run / "README.md", "\n\n".join(card) + "\n")
 
-    page = [f"<!doctype html><html lang=en><meta charset=utf-8><title>D3PO</title>{STYLE}"]
-    page += [f"<main><h1>{html.escape(title)}</h1><pre>{html.escape(args.command)}</pre>"]
-    page += [f"<h2>Use it</h2><pre>{html.escape(code)}</pre><p>{html.escape(note)}"]
-    for name in pictures:
-        image = base64.b64encode((run / name).read_bytes()).decode()
-        page += [f"<h2>{FIGURES[name]}</h2><img src=data:image/png;base64,{image} alt={name}>"]
-    stopped = getattr(args, "stopped", None)
-    told = {stopped: []} if stopped else {}  # warning: epochs
-    for row in rows:
+def card(folder: Path, title: str, *, epoch: int, code: str) -> str:
+    """Its code finds the LoRA in the card's folder, wherever that is."""
+    local = code.replace(repr(lora_path(folder)), "'lora'")
+    parts = [f"# {title}", "\n".join(result_sentences(folder))]
+    parts += [f"![{FIGURES[name]}]({name})\n\n*{FIGURES[name]}*" for name in pictures(folder)]
+    parts += [f"A LoRA. In the folder of this file, run\n\n```python\n{local}\n```", SETTINGS]
+    parts += [f"It was made in epoch {epoch} of\n\n    {settings_of(folder).command}"]
+    parts += ["The method: [D3PO](https://arxiv.org/abs/2311.13231). All numbers: metrics.jsonl."]
+    return "\n\n".join(parts) + "\n"
+
+
+def page(folder: Path, title: str, *, code: str) -> str:
+    result = html.escape(" ".join(result_sentences(folder))).replace(" %", "&nbsp;%")
+    parts = [f"<!doctype html><html lang=en><meta charset=utf-8><title>D3PO</title>{STYLE}"]
+    parts += [f"<h1>{html.escape(title)}</h1><p>{result}</p>"]
+    if warnings := collect_warnings(folder):
+        items = [f"<li>{html.escape(warning)}</li>" for warning in warnings]
+        parts += ["<h2>Warnings</h2><ul>", *items, "</ul>"]
+    for name in pictures(folder):
+        image = base64.b64encode((folder / name).read_bytes()).decode()
+        parts += [f"<p>{FIGURES[name]}</p><img src=data:image/png;base64,{image} alt={name}>"]
+    parts += [f"<h2>Use it</h2><pre>{html.escape(code)}</pre><p>{SETTINGS}"]
+    parts += [f"<h2>How it was made</h2><pre>{html.escape(settings_of(folder).command)}</pre>"]
+    parts += [f"<h2>All numbers</h2><pre>{html.escape(str(folder / 'metrics.jsonl'))}</pre>"]
+    return "\n".join(parts) + "\n"
+
+
+def pictures(folder: Path) -> list[str]:
+    return [name for name in FIGURES if (folder / name).exists()]
+
+
+def collect_warnings(folder: Path) -> list[str]:
+    """Why a run ended early, and its warnings, each once with its epochs."""
+    settings, epochs = settings_of(folder), {}
+    for row in files.read_lines(folder / "metrics.jsonl"):
         for warning in row.get("warnings", []):
-            told.setdefault(warning, []).append(str(row["epoch"]))
-    last = {key: value for key, value in (rows or [{}])[-1].items() if key != "warnings"}
-    if told:
-        lines = [
-            f"{warning} (epoch {', '.join(at)})" if at else warning for warning, at in told.items()
-        ]
-        page += ["<h2>Warnings</h2><ul>", *(f"<li>{html.escape(line)}" for line in lines), "</ul>"]
-    for head, content in (("Evaluation", result), ("The last epoch", last)):
-        known = {key: value for key, value in content.items() if value is not None}
-        cells = "".join(
-            f"<tr><th>{key}<td>{html.escape(format_value(v))}" for key, v in known.items()
-        )
-        page += [f"<h2>{head}</h2><table>{cells}</table>"] if known else []
-    files.save_text(run / "report.html", "\n".join(page) + "\n")
-
-
-def format_value(value) -> str:
-    """A value of a table, numbers to four digits."""
-    if isinstance(value, dict):
-        return ", ".join(
-            f"{key} {format_value(part)}" for key, part in value.items() if part is not None
-        )
-    if isinstance(value, list):
-        return " to ".join(map(format_value, value))
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+            epochs.setdefault(warning, []).append(str(row["epoch"]))
+    stopped = getattr(settings, "stopped", None)
+    time = "round" if settings.objective in PEOPLE else "epoch"
+    warnings = [f"{warning} ({time} {', '.join(at)})" for warning, at in epochs.items()]
+    return [stopped, *warnings] if stopped else warnings
 
 
 def ending(folder: Path, epochs: int, objective: str | None) -> str:
-    """Where a run left its LoRA, and what can be done with it."""
-    more = "" if objective else " --objective OBJECTIVE"
-    return (
-        f"The LoRA: {folder / 'lora'}\nThe report: {folder / 'report.html'}\n"
-        f"Evaluate: python sd_demo.py --evaluate {folder}{more}\n"
-        f"Go on: python sd_demo.py --resume {folder} --epochs {2 * epochs}"
-    )
+    """The result of a run, where its LoRA is, and what can be done with it.
+
+    epochs: those that are done. Labels that were there already are compared by a blind test.
+    """
+    by_people = "" if objective else " --objective human"
+    lines = [
+        *result_sentences(folder),
+        f"The LoRA: {folder / 'lora'}",
+        f"The report: {folder / 'report.html'}",
+        f"Evaluate: python sd_demo.py --evaluate {folder}{by_people}",
+        f"Go on: python sd_demo.py --resume {folder} --epochs {2 * max(epochs, 1)}",
+    ]
+    return "\n".join(lines)

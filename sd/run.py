@@ -72,10 +72,8 @@ def load(args: Settings) -> Setup:
     bar = tqdm(unit=" passes", mininterval=0.5, delay=0.1, disable=not is_shown(args, accelerator))
     groups = read_label_groups(args, accelerator)
     of_labels = list(dict.fromkeys(group.prompt for group in groups))
-    prompts = of_labels if args.prompts is None else load_prompts(args.prompts)
-    eval_prompts = prompts
-    if args.eval_prompts:
-        eval_prompts = load_prompts(args.eval_prompts, "--eval-prompts")
+    prompts = read_prompts(args.prompts, "--prompts") or of_labels
+    eval_prompts = read_prompts(args.eval_prompts, "--eval-prompts") or prompts
     numbered = [*prompts, *sorted({*of_labels, *eval_prompts} - {*prompts})]
     model = load_model(
         args,
@@ -97,6 +95,14 @@ def load(args: Settings) -> Setup:
     return Setup(args, accelerator, model, evaluator, numbered, groups, bar)
 
 
+def read_prompts(prompts: str | list | None, flag: str) -> list[str]:
+    """Prompts that were handed in as a list, or those of a file or of App. C; none for None."""
+    try:
+        return load_prompts(prompts, flag) if isinstance(prompts, str) else prompts or []
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
 def is_shown(args: Settings, accelerator: Accelerator) -> bool:
     return accelerator.is_main_process and not args.dry_run
 
@@ -108,10 +114,14 @@ def read_label_groups(args: Settings, accelerator: Accelerator) -> list:
     folder = args.resume or args.evaluate
     if folder and (groups := load_groups(folder / "latents", 0)):
         return groups
-    images = Path(args.images) if args.images else None
-    label_file = label_files.read_label_file(Path(args.labels), images)
+    label_file = read_labels(args)
     accelerator.print(label_file.describe())
     return label_file.groups
+
+
+def read_labels(args: Settings, cache: Path | None = None) -> label_files.LabelFile:
+    images = Path(args.images) if args.images else None
+    return label_files.read_label_file(Path(args.labels), images, cache)
 
 
 def check_batches(args: Settings, processes: int) -> None:
@@ -245,23 +255,27 @@ class Run:
     def sample(self, epoch: int) -> list[Batch]:
         """This process's batches of an epoch: groups of K images from one prompt and one x_T."""
         args, accelerator, model = self.args, self.accelerator, self.model
+        size, K, N = args.batch_size, args.images_per_prompt, args.prompts_per_epoch
         random = seeded_generator(args.seed, RandomPurpose.PROMPTS, epoch)
-        prompts = torch.randint(len(model.prompts), (args.prompts_per_epoch,), generator=random)
-        size, K, batches = args.batch_size, args.images_per_prompt, []
-        own_first = accelerator.process_index * size
-        for first in range(own_first, len(prompts), accelerator.num_processes * size):
-            kept = self.replay.kept_batch(epoch, first)
-            batch = sample(
-                model,
-                model.sampler,
-                prompts[first : first + size],
-                images_per_prompt=K,
-                generator=seeded_generator(args.seed, RandomPurpose.TRAINING, epoch, first),
-                trajectory=kept,
-            )
-            if kept is None:
-                self.replay.keep_batch(epoch, first, batch.trajectory)
-            batches.append(batch._replace(files=image_files(epoch, range(first, first + size), K)))
+        prompts = torch.randint(len(model.prompts), (N,), generator=random)
+        firsts = range(accelerator.process_index * size, N, accelerator.num_processes * size)
+        groups = [group for first in firsts for group in range(first, first + size)]
+        training = RandomPurpose.TRAINING
+        batch = sample(
+            model,
+            model.sampler,
+            prompts[groups],
+            images_per_prompt=K,
+            generators=[
+                seeded_generator(args.seed, training, epoch, group, k)
+                for group in groups
+                for k in range(K)
+            ],
+            trajectory=self.replay.kept_trajectory(epoch, firsts),
+        )
+        batches = batch._replace(files=image_files(epoch, groups, K)).split(size)
+        for first, of_first in zip(firsts, batches, strict=True):
+            self.replay.keep_batch(epoch, first, of_first.trajectory)
         self.seconds_sample = time.perf_counter() - self.started
         return batches
 
@@ -549,7 +563,7 @@ def describe_stop(args: Settings, epoch: int, folder: Path) -> str:
     return f"The KL is above --max-kl {args.max_kl:g}: the run stops and keeps {kept}. On: {again}"
 
 
-def image_files(epoch: int, groups: range, images_per_prompt: int) -> list[str]:
+def image_files(epoch: int, groups: list[int], images_per_prompt: int) -> list[str]:
     """Names of the images of an epoch's groups, given by number."""
     return [
         f"images/e{epoch:03}_p{group:02}_k{k}.png"
@@ -648,6 +662,8 @@ def start(run: Run, setup: Setup) -> None:
     """Load the labelled images, drop what a kill cut short, and look at the initial model."""
     groups = setup.label_groups if run.is_main else []
     if groups and not isinstance(groups[0], LatentGroup):
+        if ".parquet" in Path(run.args.labels).suffixes:  # its images go into the run's folder
+            groups = read_labels(run.args, cache=run.folder / "label_images").groups
         groups = encode_groups(groups, run.model.conditioning)
     run.replay.load(run.epochs_done, groups)
     if run.is_main:

@@ -1,65 +1,73 @@
-"""Scorers: the objectives of the paper's Sec. 5.1, and a function of your own. Higher is better."""
+"""Scorers: the objectives of the paper's Sec. 5.1, and functions of one's own. Higher is better."""
 
 import io
 import math
 import os
 import re
 import sys
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
-from contextlib import contextmanager
-from importlib.machinery import ModuleSpec, PathFinder
+from collections.abc import Callable, Sequence
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
-from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import nn
 
 from sd import UserError
+from sd.options import AESTHETIC_HEAD, CLIP
 
 Scorer = Callable[
     [list[Image.Image], list[str]], Sequence[float]
 ]  # images, prompts -> a number each
 
+NAMES = ("compressibility", "incompressibility", "aesthetic", "alignment")
+
 
 def load_scorers(
-    objective: str,
+    objective: str | Callable | Sequence,
     prompts: list[str],
     *,
-    clip: str,
-    head: str,
-    device="cpu",
+    clip: str = CLIP,
+    head: str = AESTHETIC_HEAD,
+    device: torch.device | str = "cpu",
 ) -> list[Scorer]:
-    """The scorers that an --objective names, several with commas between: NAME or FILE.py:FUNCTION.
+    """The scorers of an objective.
 
-    prompts: those of the run; a scorer of your own is tried on two of them.
+    objective: one of NAMES, FILE.py:FUNCTION, or several with commas between; or a function
+    (images, prompts) -> numbers; or a list of such.
+    prompts: those of the run; a function of one's own is tried on two of them.
     clip, head: hub id or folder of the CLIP model; file or URL of the aesthetic predictor.
-    Raises ValueError, in a sentence for the user, for what is unknown or cannot be loaded.
+    Raises UserError for what is unknown, cannot be loaded, or fails when it is tried.
     """
-    makers = {
-        "compressibility": lambda: compressibility,
-        "incompressibility": lambda: incompressibility,
-        "aesthetic": lambda: aesthetic(clip, head, device),
-        "alignment": lambda: alignment(clip, device),
-    }
-    names = split_objective(objective, makers)
-    for name in names:
-        if name not in makers and ".py:" not in name:
-            known = ", ".join([*makers, "human", "tags"])
-            message = (
-                f"objective '{name}' is unknown: choose one of {known}, or give FILE.py:FUNCTION"
-            )
-            raise ValueError(message)
-    return [
-        makers[name]() if name in makers else load_custom_scorer(*name.rsplit(":", 1), prompts)
-        for name in names
-    ]
+    scorers = []
+    for part in parts_of(objective):
+        if callable(part):
+            scorers.append(checked(part, objective_name(part), prompts))
+        elif part == "compressibility":
+            scorers.append(compressibility)
+        elif part == "incompressibility":
+            scorers.append(incompressibility)
+        elif part == "aesthetic":
+            scorers.append(aesthetic(clip, head, device))
+        elif part == "alignment":
+            scorers.append(alignment(clip, device))
+        elif ".py:" in part:
+            scorers.append(checked(load_function(*part.rsplit(":", 1)), part, prompts))
+        else:
+            names = ", ".join([*NAMES, "human", "tags"])
+            message = f"objective '{part}' is unknown: choose one of {names}"
+            raise UserError(f"{message}, or give FILE.py:FUNCTION")
+    return scorers
 
 
-def split_objective(objective: str, known: Collection[str]) -> list[str]:
+def parts_of(objective: str | Callable | Sequence) -> list[str | Callable]:
+    if isinstance(objective, str):
+        return split_objective(objective)
+    return [objective] if callable(objective) else list(objective)
+
+
+def split_objective(objective: str) -> list[str]:
     """The names between the commas. A path may have commas too: it ends with .py:FUNCTION.
 
     So a path that begins with the name of a scorer and a comma needs ./ before it.
@@ -68,10 +76,61 @@ def split_objective(objective: str, known: Collection[str]) -> list[str]:
     for part in objective.split(","):
         parts.append(part)
         name = ",".join(parts).strip()
-        if name in known or ".py:" in name:
+        if name in NAMES or ".py:" in name:
             names.append(name)
             parts = []
     return names + parts
+
+
+def objective_name(objective: str | Callable | Sequence) -> str:
+    """An objective as config.json and messages have it: functions by their names."""
+    names = [
+        getattr(part, "__name__", type(part).__name__) if callable(part) else part
+        for part in parts_of(objective)
+    ]
+    return ",".join(names)
+
+
+class Measure(NamedTuple):
+    """How people read a score."""
+
+    name: str  # with its unit
+    phrase: str  # around the number
+    number: str = "{:.4g}"
+    factor: float = 1.0  # of the number shown, per unit of the score
+
+    def show(self, score: float) -> str:
+        return self.number.format(self.factor * score)
+
+    def say(self, score: float, initial: float | None = None) -> str:
+        """Words for a score, and for the one before training."""
+        words = self.phrase.format(self.show(score))
+        return words if initial is None else f"{words} (before: {self.show(initial)})"
+
+
+JPEG = Measure("JPEG size (kB)", "JPEG size {}", "{:.2f} kB")
+MEASURES = {
+    "compressibility": JPEG._replace(factor=-1.0),
+    "incompressibility": JPEG,
+    "aesthetic": Measure("aesthetic score", "aesthetic score {}", "{:.2f}"),
+    "alignment": Measure("CLIP score", "CLIP score {}", "{:.2f}"),
+}
+ANIMALS = Measure(
+    "animals recognised by a separate classifier (%)",
+    "a separate classifier recognises {} of the animals",
+    "{:.1f} %",
+    100.0,
+)
+
+
+def measure_of(objective: str) -> Measure:
+    """How people read the first scorer of an objective; one's own by its function's name."""
+    first = split_objective(objective)[0]
+    file, _, function = first.rpartition(".py:")
+    if Path(file).parts[-2:] == ("emoji_sd", "classifier") and function.startswith("recognised"):
+        return ANIMALS
+    words = function.replace("_", " ")
+    return MEASURES.get(first, Measure(words, f"{words} {{}}"))
 
 
 def jpeg_kb(image: Image.Image) -> float:
@@ -89,137 +148,76 @@ def incompressibility(images: list[Image.Image], prompts: list[str]) -> list[flo
     return [jpeg_kb(image) for image in images]
 
 
-class Surroundings:
-    """What a scorer of one's own has as in a script run from its folder, and nobody else sees.
+def load_function(file: str, function: str) -> Callable:
+    """A function of a Python file, which is run.
 
-    In `entered`, modules of its folder come before those installed, and the working folder and
-    torch's switches are as the scorer left them. Outside all is as if it had never run: another
-    scorer may have a helper of the same name.
+    Its folder goes to the end of the search path: the file can import what lies beside it, unless
+    a library has that name.
     """
-
-    def __init__(self, file: str):
-        self.file = Path(file).resolve()
-        self.modules, self.own, self.switches = {}, set(), None
-
-    @contextmanager
-    def entered(self) -> Iterator[None]:
-        outside, hidden = get_switches(), {}
-        for name in self.modules.keys() & sys.modules.keys():
-            hidden[name] = sys.modules[name]
-        sys.modules.update(self.modules)
-        sys.meta_path.insert(sys.meta_path.index(PathFinder), self)
-        set_switches(self.switches or outside)
-        try:
-            yield
-        finally:
-            self.switches = get_switches()
-            set_switches(outside)
-            sys.meta_path.remove(self)
-            for name in list(sys.modules):
-                if name.partition(".")[0] in self.own:
-                    self.modules[name] = sys.modules.pop(name)
-            sys.modules.update(hidden)
-
-    def find_spec(self, name: str, path=None, target=None) -> ModuleSpec | None:
-        """As importlib asks, of a module that it has not loaded."""
-        if path is not None:
-            return None  # inside a package
-        spec = PathFinder.find_spec(name, [str(self.file.parent)])
-        if spec is None or spec.loader is None or spec.origin == str(self.file):
-            # Before a plain folder, and before the scorer itself, comes what is installed
-            return PathFinder.find_spec(name) or self.take(spec)
-        return self.take(spec)
-
-    def take(self, spec: ModuleSpec | None) -> ModuleSpec | None:
-        self.own |= {spec.name} if spec else set()
-        return spec
-
-    def load(self) -> ModuleType:
-        """Run the file."""
-        name = "scorer_" + re.sub(r"\W", "_", self.file.stem)
-        module = module_from_spec(self.take(spec_from_file_location(name, self.file)))
-        sys.modules[name] = module  # dataclasses look there
-        module.__spec__.loader.exec_module(module)
-        return module
-
-
-def get_switches() -> tuple:
-    """What a scorer may set for the whole process."""
-    modes = torch.is_grad_enabled(), torch.get_default_dtype(), torch.get_default_device()
-    return os.getcwd(), *modes
-
-
-def set_switches(switches: tuple) -> None:
-    folder, grad, dtype, device = switches
-    os.chdir(folder)
-    torch.set_grad_enabled(grad)
-    torch.set_default_dtype(dtype)
-    if device != torch.get_default_device():
-        torch.set_default_device(device)
-
-
-def load_custom_scorer(file: str, function: str, prompts: list[str]) -> Scorer:
-    """A function of a Python file; tried on two grey images, so that mistakes show at once.
-
-    It gets copies. Its answer may be a list, array or tensor; None, NaN or an infinite number for
-    an image means that there is no score, and comes out as NaN.
-    """
-    if not os.path.isfile(file):
-        raise ValueError(f"there is no file {file} with a scorer '{function}'")
-    title, home = f"{file}:{function}", Surroundings(file)
+    path = Path(os.path.abspath(file))
+    if not path.is_file():
+        raise UserError(f"there is no file {file} with a scorer '{function}'")
+    if str(path.parent) not in sys.path:
+        sys.path.append(str(path.parent))
+    spec = spec_from_file_location("scorer_" + re.sub(r"\W", "_", path.stem), path)
+    module = module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look there
     try:
-        with home.entered():
-            scorer = getattr(home.load(), function, None)
+        spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
         problem = f"{type(error).__name__}: {error}"
-        raise UserError(f"{title} cannot be loaded ({problem})") from error
-    if not callable(scorer):
-        raise UserError(f"{title} cannot be loaded (the file has no function '{function}')")
+        raise UserError(f"{file}:{function} cannot be loaded ({problem})") from error
+    if not callable(scorer := getattr(module, function, None)):
+        raise UserError(f"{file}:{function}: the file has no function '{function}'")
+    return scorer
 
-    def checked(images, prompts):
+
+def checked(function: Callable, title: str, prompts: list[str]) -> Scorer:
+    """A function of one's own as a scorer; tried on two grey images, so that mistakes show at once.
+
+    It gets copies. Its answer may be a list, a tuple, an array or a tensor; None, NaN or an
+    infinite number for an image means that there is no score, and becomes NaN.
+    """
+
+    def score(images: list[Image.Image], prompts: list[str]) -> list[float]:
         try:
-            with home.entered():
-                answer = scorer([image.copy() for image in images], list(prompts))
-                return read_scores(answer, len(images))
-        except UserError as error:
-            problem = f"gave {error}: give one number for each image"
-            raise UserError(f"the scorer {title} {problem}") from error
+            answer = function([image.copy() for image in images], list(prompts))
         except (Exception, SystemExit) as error:
-            problem = f"raised {type(error).__name__}: {error}"
-            raise UserError(f"the scorer {title} {problem}") from error
+            problem = f"{type(error).__name__}: {error}"
+            raise UserError(f"the scorer {title} raised {problem}") from error
+        try:
+            return read_scores(answer, len(images))
+        except Exception as error:  # of many kinds, as an answer may be anything
+            remedy = f"give a list of {len(images)} numbers, one for each image"
+            raise UserError(f"the scorer {title} gave {describe(answer)}: {remedy}") from error
 
-    checked([Image.new("RGB", (64, 64), "grey")] * 2, (prompts * 2)[:2])
-    return checked
+    score([Image.new("RGB", (64, 64), "grey")] * 2, (prompts * 2)[:2])
+    return score
 
 
 def read_scores(answer: Any, count: int) -> list[float]:
-    """A finite number for each of so many images, or NaN. Raises UserError: what was given."""
-    kind = "nothing" if answer is None else f"a {type(answer).__name__}"
-    if isinstance(answer, str | bytes | Mapping | Set) or not isinstance(answer, Iterable):
-        raise UserError(kind)
+    """The numbers of an answer. Raises an exception of some kind where it is no `count` numbers."""
     if hasattr(answer, "tolist"):  # an array, or a tensor
-        if tuple(answer.shape) != (count,):
-            raise UserError(f"numbers of shape {tuple(answer.shape)}, not {(count,)}")
         answer = answer.tolist()
-    values = list(answer)
-    wrong = [value for value in values if not is_score(value)]
-    if isinstance(answer, tuple) and (wrong or len(values) != count):
-        raise UserError(kind)
-    if wrong:
-        raise UserError(f"{kind} with {wrong[0]!r:.60}")
-    if len(values) != count:
-        raise UserError(f"{len(values)} of {count} numbers")
-    values = [value.item() if hasattr(value, "item") else value for value in values]
-    scores = [math.nan if value is None else float(value) for value in values]
-    return [score if math.isfinite(score) else math.nan for score in scores]
+    if not isinstance(answer, list | tuple) or len(answer) != count:
+        raise ValueError("neither list nor tuple, or of another length")
+    return [to_float(value) for value in answer]
 
 
-def is_score(value: Any) -> bool:
-    if isinstance(value, str | bytes | complex | np.complexfloating):
-        return False
-    if torch.is_tensor(value):
-        return value.numel() == 1 and not value.is_complex()
-    return value is None or hasattr(value, "__float__") and getattr(value, "size", 1) == 1
+def to_float(value: Any) -> float:
+    if value is None:
+        return math.nan
+    if isinstance(value, str | bytes):
+        raise TypeError("text is no number")
+    number = float(value.item() if hasattr(value, "item") else value)
+    return number if math.isfinite(number) else math.nan
+
+
+def describe(answer: Any) -> str:
+    """An answer on one short line."""
+    if hasattr(answer, "shape"):
+        return f"{type(answer).__name__} of shape {tuple(answer.shape)}"
+    return f"{' '.join(repr(answer).split()):.80}"
 
 
 def load_clip(name: str, device) -> tuple:
@@ -232,7 +230,7 @@ def load_clip(name: str, device) -> tuple:
     except (OSError, ValueError) as error:
         reason = str(error).partition("\n")[0]
         message = f"CLIP '{name}' cannot be loaded: it needs network access, or a folder ({reason})"
-        raise ValueError(message) from error
+        raise UserError(message) from error
     return model.to(device).eval().requires_grad_(False), processor
 
 
@@ -286,11 +284,9 @@ def load_head(file: str, width: int) -> nn.Sequential:
             layers.append(layer)
     except Exception as error:
         message = f"aesthetic head {file} cannot be loaded: give a file, or go online ({error})"
-        raise ValueError(message) from error
+        raise UserError(message) from error
     if not names or layers[0].in_features != width or layers[-1].out_features != 1:
-        raise ValueError(
-            f"the aesthetic head {file} does not go from CLIP's {width} numbers to one"
-        )
+        raise UserError(f"the aesthetic head {file} does not go from CLIP's {width} numbers to one")
     return layers.requires_grad_(False)
 
 

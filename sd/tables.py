@@ -1,22 +1,33 @@
-"""Rows of a user's file: .jsonl, .json, .csv, .tsv or plain lines; UTF-8, with or without a BOM.
+"""Rows of a user's file: .jsonl, .json, .csv, .tsv, .parquet or plain lines; UTF-8, maybe a BOM.
 
 A .jsonl has a JSON value in each line, a .json is a list of them, and the first line of a .csv or
-.tsv names the columns. Each row comes with the place where it stands, for what is said about it.
-Only a newline ends a line, so that a text may have any other separator (U+2028, for example).
+.tsv names the columns; it may be as Excel writes it, with semicolons or with a line sep=; before.
+All of them may be packed as .gz. Each row comes with the place where it stands, for what is said
+about it, and its columns are named in small letters. Only a newline ends a line, so that a text may
+have any other separator (U+2028, for example).
 
 All functions raise ValueError, in a sentence, for what cannot be read.
 """
 
 import codecs
 import csv
+import gzip
 import io
+import itertools
 import json
+import zlib
 from collections.abc import Collection, Iterator
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
-SUFFIXES = (".jsonl", ".json", ".csv", ".tsv")
+SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 Rows = Iterator[tuple[str, Any]]  # (file and line, row)
+
+
+def table_suffix(path: Path) -> str:
+    """Which of SUFFIXES a file has, before .gz; empty where it has none."""
+    suffix = PurePath(path.name.lower().removesuffix(".gz")).suffix
+    return suffix if suffix in SUFFIXES else ""
 
 
 def read_rows(path: Path, *, json_columns: Collection[str] = (), may_be_cut: bool = False) -> Rows:
@@ -25,13 +36,27 @@ def read_rows(path: Path, *, json_columns: Collection[str] = (), may_be_cut: boo
     json_columns: those of a .csv or .tsv whose cells are JSON; other cells are text, None if empty.
     may_be_cut: a .jsonl may end in half a line, which a kill cut short.
     """
-    match path.suffix.lower():
+    match table_suffix(path):
         case ".jsonl":
-            yield from jsonl_rows(path, may_be_cut)
+            rows = jsonl_rows(path, may_be_cut)
         case ".json":
-            yield from json_rows(path)
+            rows = json_rows(path)
+        case ".parquet":
+            rows = parquet_rows(path)
         case suffix:
-            yield from table_rows(path, "\t" if suffix == ".tsv" else ",", json_columns)
+            rows = table_rows(path, suffix, json_columns)
+    for where, row in rows:
+        if isinstance(row, dict):
+            row = dict(zip(column_names(where, row), row.values(), strict=True))
+        yield where, row
+
+
+def column_names(where: str, names: Collection[str]) -> list[str]:
+    plain = [name.strip().lower() for name in names]
+    texts = [name for name in plain if name]  # Excel leaves columns without a name
+    if len(set(texts)) < len(texts):
+        raise ValueError(f"{where}: a column is twice in {', '.join(names):.200}; give it once")
+    return plain
 
 
 def text_rows(path: Path) -> Rows:
@@ -64,35 +89,85 @@ def json_rows(path: Path) -> Rows:
         yield f"{path}, entry {number}", row
 
 
-def table_rows(path: Path, delimiter: str, json_columns: Collection[str]) -> Rows:
-    text = io.StringIO(read_text(path), newline="")
-    table = csv.reader(text, delimiter=delimiter, skipinitialspace=True, strict=True)
-    where, header = f"{path}, line 1", []
+def parquet_rows(path: Path) -> Rows:
+    try:
+        from pyarrow import ArrowException, parquet
+    except ImportError as error:
+        raise ValueError(f"{path}: to read .parquet, pip install pyarrow") from error
+    try:
+        with parquet.ParquetFile(path) as file:
+            batches = file.iter_batches(batch_size=64)  # few, as images may be in them
+            rows = itertools.chain.from_iterable(batch.to_pylist() for batch in batches)
+            for number, row in enumerate(rows, 1):
+                yield f"{path}, row {number}", row
+    except (OSError, ArrowException) as error:
+        raise ValueError(f"{path}: the file cannot be read ({error!s:.200})") from error
+
+
+def table_rows(path: Path, suffix: str, json_columns: Collection[str]) -> Rows:
+    text = read_text(path)
+    delimiter, header = find_delimiter(text, suffix), []
+    for line, cells in split_cells(path, text, delimiter):
+        where = f"{path}, line {line}"
+        if not any(cells) or (not header and cells[0].lower().startswith("sep=")):
+            continue
+        if not header:
+            header = column_names(where, cells)
+        elif len(cells) != len(header):
+            sizes = f"{len(cells)} cells, but the first line has {len(header)}"
+            raise ValueError(f"{where}: the row has {sizes}; put text with commas in quotes")
+        else:
+            row = {name: cell for name, cell in zip(header, cells, strict=True) if name}
+            yield where, {name: parse_cell(row[name], name in json_columns) for name in row}
+
+
+def find_delimiter(text: str, suffix: str) -> str:
+    """What separates cells: what Excel's line sep= says, else what the first line has most."""
+    first = text.lstrip().partition("\n")[0]
+    if first.lower().startswith("sep="):
+        return first[4:5].strip() or "\t"
+    usual = "\t" if suffix == ".tsv" else ","
+    return max(usual, ",", ";", "\t", key=first.count)
+
+
+def split_cells(path: Path, text: str, delimiter: str) -> Iterator[tuple[int, list[str]]]:
+    """Line number and cells of each row."""
+    if delimiter == "\t":  # where no cell has a tab or a newline, quotes may be a part of the text
+        lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+        rows = [[unquote(cell.lstrip(" ")) for cell in line.split("\t")] for line in lines]
+        if len({len(row) for row in rows if any(row)}) == 1:
+            yield from enumerate(rows, 1)
+            return
+    table = csv.reader(
+        io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True, strict=True
+    )
+    line = 1
     try:
         for cells in table:
-            if header and any(cells):
-                check_cells(where, cells, header)
-                row = dict(zip(header, cells, strict=True))
-                yield where, {name: parse_cell(row[name], name in json_columns) for name in row}
-            header = header or [name.strip() for name in cells]
-            where = f"{path}, line {table.line_num + 1}"
+            yield line, cells or [""]
+            line = table.line_num + 1
     except csv.Error as error:
-        raise ValueError(f"{where}: this is no table ({error})") from error
+        remedy = "write a quote within quotes twice"
+        raise ValueError(f"{path}, line {line}: this is no table ({error}); {remedy}") from error
 
 
-def check_cells(where: str, cells: list[str], header: list[str]) -> None:
-    if len(cells) != len(header):
-        sizes = f"{len(cells)} cells, but the first line has {len(header)}"
-        raise ValueError(f"{where}: the row has {sizes}; put text with commas in quotes")
-    if len(set(header)) < len(header):
-        raise ValueError(f"{where}: a column is twice in {', '.join(header):.200}; give it once")
+def unquote(cell: str) -> str:
+    inner = cell[1:-1].replace('""', "")
+    quoted = len(cell) > 1 and cell[0] == cell[-1] == '"' and '"' not in inner
+    return cell[1:-1].replace('""', '"') if quoted else cell
 
 
 def read_bytes(path: Path) -> bytes:
     try:
-        return path.read_bytes().removeprefix(codecs.BOM_UTF8)
-    except OSError as error:
-        raise ValueError(f"{path}: the file cannot be read ({error.strerror})") from error
+        content = path.read_bytes()
+        if path.suffix.lower() == ".gz":
+            content = gzip.decompress(content)
+    except (OSError, EOFError, zlib.error) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"{path}: the file cannot be read ({reason})") from error
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise ValueError(f"{path}: this is UTF-16; save it as UTF-8")
+    return content.removeprefix(codecs.BOM_UTF8)
 
 
 def read_text(path: Path) -> str:

@@ -410,6 +410,28 @@ def test_a_step_of_a_rollout_adds_sigma_times_the_next_numbers_of_its_generator(
         assert_close(x[i + 1], expected, **EXACT)
 
 
+def test_with_a_generator_each_a_chain_has_the_noise_that_it_has_alone():
+    schedule = make_schedule(BARS, 5)
+    x_T, x_0 = randn(2, 3, 4, 2)
+
+    def eps(x, time, cond=None):
+        return x.sin() + time.view(-1, 1, 1) / 1000
+
+    def both(chains, generators):
+        trajectory = rollout(eps, schedule, x_T[chains], generator=generators())
+        return *trajectory, bridge(schedule, x_T[chains], x_0[chains], generator=generators())
+
+    batch = both([0, 1, 2], lambda: [seeded(b) for b in range(3)])
+    alone = [both([b], lambda b=b: seeded(b)) for b in range(3)]
+    for together, *parts in zip(batch, *alone, strict=True):
+        assert torch.equal(together, torch.cat(parts, 1))
+    for number in (2, 4):
+        with pytest.raises(ValueError, match="one for each chain"):
+            both([0, 1, 2], lambda n=number: [seeded(b) for b in range(n)])
+        with pytest.raises(ValueError, match="one for each chain"):
+            bridge(schedule, x_T, x_0, generator=[seeded(b) for b in range(number)])
+
+
 def test_trajectory_log_prob_of_the_sampling_policy_is_the_log_prob_of_the_trajectory():
     w = world()
     trajectory = w.args["trajectory"]

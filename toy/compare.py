@@ -30,7 +30,6 @@ import d3po
 from toy import baselines, optimum, plots
 from toy.align import PreferenceBatch, UpdateEvery, align, pair_loss
 from toy.ddpm import MLP, Adapter, data_variance, pretrain
-from toy.files import write_json, write_tables, write_tensors
 from toy.measure import measure, sample
 from toy.reward_model import RewardModelDPOK
 from toy.worlds import ALPHA_BARS, MIXTURES, SCORES
@@ -278,7 +277,7 @@ def main(argv: list[str] | None = None) -> None:
             result["methods"][name] = summary(method, *own)
         elif name in earlier:
             result["methods"][name] = earlier[name]
-    write_json(args.out / "compare.json", rounded(result))
+    (args.out / "compare.json").write_text(json.dumps(rounded(result), indent=2) + "\n")
     write_tables(args.out / "compare.md", MARK, [table(result)])
     print(table(result))
 
@@ -326,7 +325,7 @@ def prepare(seed_and_settings: tuple[int, dict], work: Path) -> None:
     reference = pretrain(mixture, settings["pretrain_steps"], progress=False)
     schedule = d3po.make_schedule(ALPHA_BARS, settings["num_steps"])
     exact = optimum.solve(reference, schedule, score, beta=settings["beta"])
-    write_tensors(path, {"weights": reference.state_dict(), "optimum": exact.numbers()})
+    torch.save({"weights": reference.state_dict(), "optimum": exact.numbers()}, path)
 
 
 def load(seed: int, settings: dict, work: Path) -> tuple[MLP, dict]:
@@ -407,12 +406,12 @@ def train(job: Job, work: Path) -> dict:
         if not in_sweep:
             points, result["final"] = measured(10_000, seed=1000 + job.seed)
             result["points"] = points[:500].tolist()
-            write_tensors(cache_path(work, "policy", job), policy.state_dict())
+            torch.save(policy.state_dict(), cache_path(work, "policy", job))
     except FloatingPointError as error:
         result["failed"] = str(error)
     result["seconds"] = {"training": seconds, "reward_model": getattr(losses, "seconds", 0.0)}
     result = rounded(result)
-    write_json(path, result)
+    path.write_text(json.dumps(result))
     return result
 
 
@@ -489,6 +488,16 @@ def table(result: dict) -> str:
     header = list(best_first[0])
     lines = [header, ["---"] * len(header), *(row.values() for row in best_first)]
     return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+
+def write_tables(page: Path, mark: str, tables: list[str]) -> None:
+    """Replace what a page has between each pair of marks; a new page has nothing else.
+
+    Raises ValueError for a page that has other than two marks a table.
+    """
+    parts = page.read_text().split(mark) if page.exists() else [""] * (2 * len(tables) + 1)
+    parts[1::2] = [f"\n{table}\n" for table in tables]
+    page.write_text(mark.join(parts))
 
 
 def rounded(content):

@@ -9,6 +9,7 @@
 import argparse
 import copy
 import itertools
+import json
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,7 +20,6 @@ import d3po
 from toy import compare, optimum
 from toy.align import align, pair_loss
 from toy.ddpm import Adapter, mean_slope
-from toy.files import write_json, write_tables
 from toy.worlds import ALPHA_BARS, MIXTURES, SCORES, exact_denoiser
 
 MARK = "<!-- python -m toy.limits writes what is between these two lines -->\n"
@@ -41,8 +41,9 @@ def main(argv: list[str] | None = None) -> None:
         "blow_up": blow_up(args),
         "many_labels": many_labels(args),
     }
-    write_json(args.out / "limits.json", compare.rounded(result))
-    write_tables(args.out / "limits.md", MARK, tables(result))
+    text = json.dumps(compare.rounded(result), indent=2) + "\n"
+    (args.out / "limits.json").write_text(text)
+    compare.write_tables(args.out / "limits.md", MARK, tables(result))
     print(*tables(result), sep="\n")
 
 

@@ -2,18 +2,22 @@
 
 import json
 import math
+import os
 import shlex
-from argparse import Namespace
+import subprocess
+import sys
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from peft import get_peft_model_state_dict
 
 import sd_demo
 from sd import model, options, prompts, replay
+from sd.files import ROOT
+from sd.run import load, make_run
 from sd.seeds import seeded_generator
 from toy.emoji_sd import models
 
@@ -24,6 +28,11 @@ FLAGS = """
     --epochs 2 --prompts-per-epoch 2 --batch-size 2 --images-per-prompt 2
     --eval-images 2 --eval-every 1 --no-gradient-checkpointing
 """
+# Of processes that a test starts
+ENVIRONMENT = os.environ | {
+    **{"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+    "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests" / "sd")]),
+}
 MEASURED = {"seconds_sample", "seconds_train", "peak_memory_mb"}
 
 
@@ -34,31 +43,24 @@ def make_pipeline(**unet) -> StableDiffusionPipeline:
     return models.pipeline(models.vae(tiny=True), models.text_encoder(words, tiny=True), net)
 
 
-def parse(folder: Path, flags: str = "") -> Namespace:
-    flags = f"--objective compressibility {FLAGS} {flags}"
-    return options.parse(["--model", str(folder), *flags.split()])[1]
+def typed(flags: str) -> dict:
+    """Flags as `sd_demo.run` takes them."""
+    return vars(options.build_parser().parse_args(shlex.split(flags)))
+
+
+def parse(folder: Path, flags: str = "", **settings) -> options.Settings:
+    new = {"model": folder, "objective": "compressibility"}
+    return options.make_settings(**new | typed(f"{FLAGS} {flags}") | settings)
 
 
 class Loaded:
-    """A model, ready to train, without a run folder."""
+    """What a run trains, and its parts, without a folder."""
 
-    def __init__(self, folder: Path, flags: str = "", *, accelerator=None, prompts=PROMPTS):
-        args = parse(folder, flags)
-        accelerator = accelerator or Accelerator()
-        self.model = model.load_model(args, prompts, accelerator)
-        optimizer = torch.optim.AdamW(self.model.lora, args.lr, weight_decay=args.weight_decay)
-        optimizer = accelerator.prepare(optimizer)
-        args.out = folder  # of latents/, where nothing is kept
-        self.run = sd_demo.Run(
-            args=args,
-            accelerator=accelerator,
-            model=self.model,
-            average=model.RunningAverage(self.model.lora, enabled=args.average_weights),
-            optimizer=optimizer,
-            feedback=None,
-            memory=replay.ReplayBuffer(args, accelerator, self.model.schedule, prompts),
-        )
-        self.args, self.optimizer = args, optimizer
+    def __init__(self, folder: Path, flags: str = "", **settings):
+        quiet = {"prompts": PROMPTS, "dry_run": True}  # without a progress bar
+        setup = load(parse(folder, flags, **quiet | settings))
+        self.run = make_run(setup, Path(folder))
+        self.args, self.model, self.optimizer = setup.args, setup.model, self.run.optimizer
 
     def sample(self, prompts=(0, 1), K=2, *numbers, denoiser=None) -> model.Batch:
         return model.sample(
@@ -69,14 +71,20 @@ class Loaded:
             generator=seeded_generator(self.args.seed, *numbers),
         )
 
-    def update(self, batch, pairs, ref=None, steps=None) -> tuple[list, list]:
-        """`sd_demo.update_batch`: losses, and for each update if it overflowed."""
-        return sd_demo.update_batch(
-            self.run,
-            replay.LabelledBatch(batch.trajectory, batch.cond, torch.tensor(pairs).view(-1, 2)),
-            ref_log_prob=self.reference_log_prob(batch) if ref is None else ref,
-            steps=list(range(self.args.num_steps)) if steps is None else steps,
-        )
+    def update(self, batch, pairs, steps=None, scores=None) -> tuple[list, list]:
+        """`sd_demo.learn`, in this order of steps: losses, and for each update if it overflowed."""
+        pairs = torch.as_tensor(pairs).view(-1, 2)
+        labelled = replay.LabelledBatch(batch.trajectory, batch.cond, pairs, scores)
+        self.run.losses, self.run.overflows = [], []
+        with mock.patch("torch.randperm", lambda count, **_: torch.tensor(steps or range(count))):
+            sd_demo.learn(self.run, labelled)
+        return self.run.losses, self.run.overflows
+
+    def gradients(self) -> list[list[torch.Tensor]]:
+        """The gradients of each update from now on, in place of its step."""
+        gradients = []
+        self.optimizer.step = lambda: gradients.append([w.grad.clone() for w in self.model.lora])
+        return gradients
 
     def log_prob(self, batch) -> torch.Tensor:
         return self.model.log_prob(self.model.sampler, batch)
@@ -89,11 +97,10 @@ class Loaded:
         return {name: weight.clone() for name, weight in weights.items()}
 
 
-def run(folder: Path, out: Path, objective: str, flags: str = "") -> Path:
-    """A run of sd_demo.py; returns its folder."""
-    start = ["--model", folder, "--prompts", folder / "prompts.txt", "--objective", objective]
-    sd_demo.main([*map(str, start), "--out", str(out), *FLAGS.split(), *shlex.split(flags)])
-    return out
+def run(folder: Path, out: Path, objective, flags: str = "", **settings) -> Path:
+    """`sd_demo.run` with these settings; returns its folder."""
+    new = {"model": folder, "prompts": folder / "prompts.txt", "objective": objective, "out": out}
+    return sd_demo.run(**new | typed(f"{FLAGS} {flags}") | settings)
 
 
 def read_rows(path: Path) -> list[dict]:
@@ -125,7 +132,7 @@ def same_images(one: list, other: list, tolerance: int = 1) -> bool:
 
 
 def break_gradients(losses, overflows: set):
-    """A loss function of d3po.py where the gradients of some losses, by number, are infinite.
+    """A loss function where the gradients of some losses, by number, are infinite.
 
     As a GradScaler's too large factor makes them.
     """
@@ -140,3 +147,15 @@ def break_gradients(losses, overflows: set):
             yield loss
 
     return broken
+
+
+def start_python(argv: list, folder: Path, **environment) -> str:
+    """Run Python in a process of its own, which must succeed; returns what it wrote."""
+    with (folder / "log").open("w+") as log:
+        command = [sys.executable, *map(str, argv)]
+        options = {"env": ENVIRONMENT | environment, "stdout": log, "stderr": log}
+        code = subprocess.run(command, **options, timeout=600).returncode
+        log.seek(0)
+        output = log.read()
+    assert code == 0, output[-3000:]
+    return output

@@ -1,4 +1,4 @@
-"""The labelling page: its requests over a real socket, and people with a browser."""
+"""The labelling page: the questions themselves, its requests, and people with a browser."""
 
 import contextlib
 import http.client
@@ -28,7 +28,7 @@ from sd.figures import held_out_file
 from sd.files import ROOT, save_lines
 from sd.prompts import PROMPTS
 
-WAIT = 120  # seconds that nothing here should take, even where the machine is busy
+WAIT = 60  # seconds that nothing here should take, even where the machine is busy
 AS_JSON = {"Content-Type": "application/json"}
 
 
@@ -67,18 +67,20 @@ def post_answer(page, question: str, answer, name: str | None = None) -> Reply:
     return request(page, "POST", "/answer", body, AS_JSON)
 
 
-def open_questions(page, name: str | None = None) -> list[dict]:
-    query = f"?name={quote(name)}" if name else ""
-    state = request(page, "GET", f"/state{query}").json()
-    return [question for question in state["questions"] if not question["answered"]]
+def open_questions(page) -> list[dict]:
+    return unanswered(request(page, "GET", "/state").json()["questions"])
+
+
+def unanswered(questions: list[dict]) -> list[dict]:
+    return [question for question in questions if not question["answered"]]
 
 
 def until(condition):
     end = time.monotonic() + WAIT
-    while not (found := condition()):
+    while not (result := condition()):
         assert time.monotonic() < end, "it took too long"
         time.sleep(0.02)
-    return found
+    return result
 
 
 def free_port() -> int:
@@ -96,6 +98,7 @@ def is_serving(page) -> bool:
 def make_questions(run: Path, kind: str = "h", *, epoch: int = 3, N: int = 4, K: int = 2):
     """N questions about images that are drawn into a run folder."""
     (run / "images").mkdir(exist_ok=True)
+    (run / "labels.jsonl").touch()
     questions = []
     for p, prompt in enumerate(PROMPTS["animals"][:N]):
         files = [f"images/e{epoch:03}_p{p:02}_k{k}.png" for k in range(K)]
@@ -110,12 +113,295 @@ def read_rows(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "labels.jsonl").read_text().splitlines()]
 
 
+# Questions, without a server
+
+
+class People:
+    """Questions of a run folder, and people who answer them in order."""
+
+    def __init__(self, run: Path, rows: list[dict], annotators: int = 1, seed: int = 0):
+        self.file = run / "labels.jsonl"
+        self.questions = annotate.Questions(self.file, rows, annotators=annotators, seed=seed)
+
+    def open(self, name: str | None = None) -> list[dict]:
+        return unanswered(self.questions.of_person(self.questions.check_name(name)))
+
+    def answer(self, *answers, name: str | None = None) -> None:
+        """Answer the first open questions."""
+        for answer in answers:
+            self.questions.answer(self.open(name)[0]["id"], name, answer)
+
+    def decide(self) -> tuple[list, float]:
+        """What the majority says of each question, and kappa."""
+        assert self.questions.missing == 0
+        rows, kappa = annotate.decide(self.questions.close())
+        return [row[annotate.labels.answer_field(row)] for row in rows], kappa
+
+
+@contextlib.contextmanager
+def refusal(status: int, words: str = ""):
+    with pytest.raises(annotate.Refusal) as error:
+        yield
+    assert error.value.status_code == status and words in error.value.detail
+
+
+def test_an_answer_is_a_line_of_the_file(tmp_path):
+    rows = make_questions(tmp_path)
+    people = People(tmp_path, rows)
+    asked = people.open()
+    assert [q["prompt"] for q in asked] == [row["prompt"] for row in rows]
+    for n, h in enumerate([1, 0, -1, None]):
+        people.answer(h)
+        assert read_rows(tmp_path)[-1] == rows[n] | {"h": h, "left": asked[n]["left"]}
+    assert people.open() == [] and people.decide()[0] == [1, 0, -1, 0]
+    assert rows[0]["h"] is None
+    with refusal(409, "too late"):
+        people.questions.answer(asked[0]["id"], None, 1)
+    with refusal(409, "too late"):
+        people.questions.images(asked[0]["images"][0].split("/")[1])
+
+
+def test_tags_are_a_list_with_a_boolean_for_each_image(tmp_path):
+    rows = make_questions(tmp_path, "bad", N=2, K=7)
+    people, marks = People(tmp_path, rows), [True, False, False, True, False, False, False]
+    for wrong in ([True], 1, [1] * 7):
+        with refusal(400, "give a list of 7 booleans"):
+            people.answer(wrong)
+    people.answer(marks, None)
+    assert read_rows(tmp_path) == [rows[0] | {"bad": marks}, rows[1]]
+    assert people.decide()[0] == [marks, [False] * 7]
+
+
+def test_an_id_changes_with_each_answer_and_the_last_counts(tmp_path):
+    people = People(tmp_path, make_questions(tmp_path, N=2))
+    first, second = (q["id"] for q in people.open())
+    again = people.questions.answer(first, None, 1)
+    assert again == first[:-1] + "1"
+    with refusal(409, "another page"):
+        people.questions.answer(first, None, -1)  # from a page that does not know of the first
+    people.questions.answer(again, None, -1)
+    people.questions.answer(second, None, 0)
+    assert [row["h"] for row in read_rows(tmp_path)] == [1, -1, 0]
+    assert people.decide()[0] == [-1, 0]
+
+
+def test_sides_are_random_and_reproducible(tmp_path):
+    def sides(epoch, seed=0):
+        rows = make_questions(tmp_path, epoch=epoch, N=40)
+        return [q["left"] for q in People(tmp_path, rows, seed=seed).open()]
+
+    left = sides(epoch=3)
+    assert left == sides(epoch=3) and left != sides(epoch=4) and left != sides(epoch=3, seed=1)
+    assert 8 < sum(left) < 32
+
+
+def test_a_restart_goes_on_at_the_first_unanswered_question(tmp_path):
+    rows = make_questions(tmp_path)
+    people = People(tmp_path, rows)
+    old = people.open()[2]["id"]
+    people.answer(1, None)
+    with (tmp_path / "labels.jsonl").open("a") as file:
+        file.write('{"epoch": 3, "pro')  # a kill in mid-write
+    people = People(tmp_path, rows)
+    assert [q["prompt"] for q in people.open()] == [row["prompt"] for row in rows[2:]]
+    with refusal(409):
+        people.questions.answer(old, None, 1)  # from a page of the old start
+    people.answer(-1, 0)
+    assert [row["h"] for row in read_rows(tmp_path)] == [1, None, -1, 0]
+    assert people.decide()[0] == [1, 0, -1, 0]
+
+
+def test_two_annotators(tmp_path):
+    people = People(tmp_path, make_questions(tmp_path, N=3), annotators=2)
+    assert people.open() == []  # without a name
+    id = people.open("Ann")[0]["id"]
+    for name in ("", " ", "x" * 41, "a\nb", 5, ["Ann"], "\ud800", None):
+        with refusal(400):
+            people.questions.answer(id, name, 1)
+    assert read_rows(tmp_path) == []
+    people.answer(1, 1, 0, name="Ann")
+    assert people.open("Ann") == [] and people.questions.missing == 3
+    people.answer(1, -1, None, name="Zoë")
+    assert [row["annotator"] for row in read_rows(tmp_path)] == ["Ann"] * 3 + ["Zoë"] * 3
+    answers, kappa = people.decide()
+    assert answers == [1, 0, 0]  # a draw is a tie
+    # agreement 1/2, shares 3/4 and 1/4
+    assert kappa == pytest.approx((1 / 2 - 10 / 16) / (1 - 10 / 16))
+
+
+def test_kappa_of_tags_takes_each_image_as_an_item(tmp_path):
+    people = People(tmp_path, make_questions(tmp_path, "bad", N=1, K=4), annotators=2)
+    people.answer([True, True, False, False], name="Ann")
+    people.answer([True, False, False, False], name="Bob")
+    # agreement 3/4, shares 3/8 and 5/8
+    assert people.decide()[1] == pytest.approx((3 / 4 - 34 / 64) / (1 - 34 / 64))
+
+
+def test_there_are_as_many_places_as_annotators(tmp_path):
+    people = People(tmp_path, make_questions(tmp_path, N=2), annotators=2)
+    first = people.open("Cid")[0]["id"]  # a look takes no place
+    people.answer(1, name="Ann  Lee")
+    people.answer(1, name=" ann lee ")  # the same person
+    people.answer(1, name="Bob")
+    with refusal(403, "by Ann Lee, Bob"):
+        people.questions.answer(first, "Cid", -1)
+    with refusal(403):
+        people.questions.check_name("Cid")
+    people.answer(-1, name="BOB")
+    assert [row["annotator"] for row in read_rows(tmp_path)] == ["Ann Lee"] * 2 + ["Bob"] * 2
+    assert people.decide()[0] == [1, 0]
+
+
+def test_the_last_answer_can_be_taken_back_for_a_moment(tmp_path, monkeypatch):
+    monkeypatch.setattr(annotate, "UNDO_SECONDS", WAIT)
+    people = People(tmp_path, make_questions(tmp_path, N=2))
+    questions = people.questions
+    with ThreadPoolExecutor() as pool:
+        waiting = pool.submit(questions.wait)
+        assert questions.last(None) is None
+        people.answer(1, 1)
+        last = questions.last(None)
+        questions.undo(last, None)
+        (question,) = people.open()
+        assert question["answer"] is None and questions.last(None) is None
+        people.answer(-1)
+        with refusal(409):
+            questions.undo(last, None)  # it was undone before
+        assert not waiting.done()
+        questions.end(last, "questions")  # no need to wait
+        rows, _ = annotate.decide(waiting.result(WAIT))
+    assert [row["h"] for row in rows] == [1, -1] and not questions.finished
+    with refusal(409):
+        questions.undo(last, None)
+
+
+@pytest.mark.parametrize("kind", ["h", "bad"])
+def test_what_is_left_can_be_skipped_at_once(tmp_path, kind):
+    people = People(tmp_path, make_questions(tmp_path, kind))
+    answer, nothing = (1, 0) if kind == "h" else ([True, False], [False, False])
+    people.answer(answer)
+    for wrong, what, status in (("stale-0", "run", 409), (3, "run", 409), ("", "everything", 400)):
+        with refusal(status):
+            people.questions.end(wrong, what)
+    assert len(people.open()) == 3
+    people.questions.end(people.open()[0]["id"], "questions")
+    assert [row[kind] for row in read_rows(tmp_path)] == [answer, None, None, None]
+    assert people.decide()[0] == [answer] + [nothing] * 3 and not people.questions.finished
+
+
+def test_finish_skips_for_all_and_is_remembered(tmp_path):
+    rows = make_questions(tmp_path)
+    people = People(tmp_path, rows, annotators=2)
+    people.answer(1, name="Ann")
+    people.questions.end(people.open("Ann")[0]["id"], "run")
+    assert people.decide()[0] == [1, 0, 0, 0] and people.questions.finished
+    assert People(tmp_path, rows, annotators=2).decide()[0] == [1, 0, 0, 0]  # nobody is asked
+
+
+def test_finish_before_any_answer_skips_nothing_for_good(tmp_path):
+    people = People(tmp_path, make_questions(tmp_path), annotators=2)
+    people.questions.end(people.open("Ann")[0]["id"], "run")
+    assert people.questions.missing == 0 and people.questions.finished
+    assert read_rows(tmp_path) == []
+
+
+def test_a_tab_that_is_behind_changes_nothing(tmp_path):
+    people = People(tmp_path, make_questions(tmp_path, N=3), annotators=2)
+    stale = people.open("Ann")[0]["id"]
+    people.answer(1, name="Ann")
+    for answer in (1, -1, 0, None):
+        with refusal(409, "another page"):
+            people.questions.answer(stale, "ann", answer)
+    people.questions.answer(stale, "Bob", -1)  # his has not changed
+    rows = [(row["annotator"], row["h"]) for row in read_rows(tmp_path)]
+    assert rows == [("Ann", 1), ("Bob", -1)]
+
+
+def test_five_hundred_answers_at_once_are_kept_once_each(tmp_path):
+    people = People(tmp_path, make_questions(tmp_path, N=45), annotators=2)
+    answers = [1, -1, 0] * 15
+    votes = [
+        (question["id"], name, h)
+        for name in ("Ann", "Bob")
+        for question, h in zip(people.open(name), answers, strict=True)
+    ]
+    sent = votes * 6  # 540: each of 90 by six tabs at once
+    random.Random(0).shuffle(sent)
+
+    def send(vote):
+        try:
+            return people.questions.answer(*vote)
+        except annotate.Refusal as error:
+            return error.status_code
+
+    with ThreadPoolExecutor(32) as pool:
+        assert list(pool.map(send, sent)).count(409) == 540 - 90
+    rows = read_rows(tmp_path)
+    assert len(rows) == 90
+    kept = {(row["annotator"], row["prompt"]): row["h"] for row in rows}
+    expected = dict(zip(PROMPTS["animals"], answers, strict=True))
+    assert kept == {(name, prompt): h for name in ("Ann", "Bob") for prompt, h in expected.items()}
+    assert people.decide()[0] == answers
+
+
+def test_answers_reach_the_disk_itself(tmp_path, monkeypatch):
+    people, synced, fsync = People(tmp_path, make_questions(tmp_path)), [], os.fsync
+
+    def record(number):
+        synced.append(os.fstat(number).st_size)
+        fsync(number)
+
+    monkeypatch.setattr(annotate.os, "fsync", record)
+    people.answer(1)
+    assert synced == [(tmp_path / "labels.jsonl").stat().st_size]
+
+
+def test_a_full_disk_is_said_and_leaves_no_half_line(tmp_path, monkeypatch):
+    people = People(tmp_path, make_questions(tmp_path, N=2))
+    people.answer(1)
+    before = (tmp_path / "labels.jsonl").read_bytes()
+    full = mock.Mock(side_effect=OSError(28, "No space left on device"))
+    with monkeypatch.context() as broken, refusal(500, "No space left"):
+        broken.setattr(annotate.os, "fsync", full)
+        people.answer(1)
+    assert (tmp_path / "labels.jsonl").read_bytes() == before and len(people.open()) == 1
+    people.answer(0)
+    assert people.decide()[0] == [1, 0]
+
+
+def test_half_a_line_is_taken_back(tmp_path):
+    file = tmp_path / "labels.jsonl"
+    file.write_text("{}\n")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (13, hard))  # no file may grow beyond 13 bytes
+    try:
+        with refusal(500):
+            annotate.append_safely(file, {"prompt": "a cat"})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert file.read_text() == "{}\n"
+
+
+def test_a_token_is_whole_or_not_there(tmp_path, monkeypatch):
+    """A page whose token is empty is open to every user of the machine."""
+    file = tmp_path / "token"
+    with monkeypatch.context() as patched, pytest.raises(OSError):
+        patched.setattr(os, "replace", mock.Mock(side_effect=OSError(28, "full")))
+        annotate.read_token(file)
+    assert not file.exists()
+    token = annotate.read_token(file)
+    assert len(token) > 20 and annotate.read_token(file) == token
+    assert file.stat().st_mode & 0o777 == 0o600
+
+
+# A server in this process
+
+
 class Session:
     """A server that asks in a thread, and people's requests to it."""
 
-    def __init__(self, run: Path, questions: list[dict], annotators: int = 1, **more):
-        (run / "labels.jsonl").touch()
-        self.server = annotate.AnnotationServer(run, annotators, 0, **more)
+    def __init__(self, run: Path, questions: list[dict], annotators: int = 1, **options):
+        self.server = annotate.AnnotationServer(run, annotators, 0, **options)
         self.ask(questions)
 
     def ask(self, questions: list[dict]) -> None:
@@ -124,25 +410,29 @@ class Session:
 
         self.thread = threading.Thread(target=target, daemon=True)
         self.thread.start()
-        until(lambda: self.server.url and self.server._questions or not self.thread.is_alive())
-        self.url = self.server.url
-        self.port, self.path = urlsplit(self.url).port, urlsplit(self.url).path.rstrip("/")
+        until(lambda: self.server.url and self.open() or not self.thread.is_alive())
+
+    @property
+    def url(self) -> str:
+        return self.server.url
+
+    @property
+    def port(self) -> int:
+        return urlsplit(self.url).port
 
     def request(self, method: str, path: str, body=None, headers=None) -> Reply:
         return request(self, method, path, body, headers)
 
-    def state(self, name: str | None = None) -> dict:
-        return self.request("GET", f"/state?name={quote(name)}" if name else "/state").json()
+    def state(self) -> dict:
+        return self.request("GET", "/state").json()
 
-    def open(self, name: str | None = None) -> list[dict]:
-        return open_questions(self, name)
+    def open(self) -> list[dict]:
+        name = None if self.server.annotators == 1 else "Ann"
+        return unanswered(self.server._questions.of_person(name))
 
-    def send(self, question, answer, name: str | None = None) -> Reply:
-        return post_answer(self, question, answer, name)
-
-    def answer(self, answer, name: str | None = None) -> Reply:
-        """Answer the first open question."""
-        return self.send(self.open(name)[0]["id"], answer, name)
+    @property
+    def path(self) -> str:
+        return urlsplit(self.url).path.rstrip("/")
 
     def finish(self) -> list[dict]:
         self.thread.join(WAIT)
@@ -156,8 +446,8 @@ def start(tmp_path, monkeypatch):
     monkeypatch.setattr(annotate, "UNDO_SECONDS", 0)
     sessions = []
 
-    def starter(questions, annotators=1, **more):
-        sessions.append(Session(tmp_path, questions, annotators, **more))
+    def starter(questions, annotators=1, **options):
+        sessions.append(Session(tmp_path, questions, annotators, **options))
         return sessions[-1]
 
     yield starter
@@ -165,33 +455,49 @@ def start(tmp_path, monkeypatch):
         session.server.close()
 
 
-# A person answers
-
-
-def test_a_person_labels_an_epoch(start, tmp_path):
-    questions = make_questions(tmp_path)
+def test_a_person_labels_two_epochs(start, tmp_path):
+    questions = make_questions(tmp_path, N=2)
     session = start(questions)
-    opened = session.open()
-    assert [q["prompt"] for q in opened] == [q["prompt"] for q in questions]
-    for k, (q, h) in enumerate(zip(opened, [1, 0, -1, None], strict=True)):
-        for image, file in zip(q["images"], questions[k]["images"], strict=True):
-            assert session.request("GET", image).body == (tmp_path / file).read_bytes()
-        saved = session.send(q["id"], h).json()
-        assert saved == {"saved": True, "id": q["id"][:-1] + "1"}
-        assert read_rows(tmp_path)[-1] == questions[k] | {"h": h, "left": q["left"]}
-    expected = [q | {"h": h} for q, h in zip(questions, [1, 0, -1, 0], strict=True)]
-    assert session.finish() == expected
-    nothing = {"questions": [], "ended": False, "named": False, "guide": None, "progress": {}}
-    nothing |= {"warnings": [], "shown": [], "agreement": [], "last": None, "code": None}
-    assert session.state() == nothing | {"status": "Training, epoch 3"}
-    session.server.status("Sampling, epoch 4")
-    assert session.state() == nothing | {"status": "Sampling, epoch 4"}
+    opened = session.state()["questions"]
+    assert opened == session.open()
+    for question, row in zip(opened, questions, strict=True):
+        for url, file in zip(question["images"], row["images"], strict=True):
+            image = session.request("GET", url)
+            assert image.body == (tmp_path / file).read_bytes()
+            assert image.headers["Content-Type"] == "image/png"
+        reply = post_answer(session, question["id"], 1)
+        assert reply.json() == {"id": question["id"][:-1] + "1"}
+    assert session.finish() == [row | {"h": 1} for row in questions]
+    assert session.state()["status"] == "Training, epoch 3"
     assert session.request("GET", opened[0]["images"][0]).status == 409  # not asked any more
+    session.server.status("Sampling, epoch 4")
+    state = session.state()
+    assert state["status"] == "Sampling, epoch 4" and state["questions"] == []
 
     (question,) = make_questions(tmp_path, epoch=4, N=1)
     session.ask([question])
-    assert session.answer(-1).status == 200
+    assert post_answer(session, session.open()[0]["id"], -1).status == 200
     assert session.finish() == [question | {"h": -1}]
+
+
+def test_undo_and_train_now_by_the_page(start, tmp_path, monkeypatch):
+    monkeypatch.setattr(annotate, "UNDO_SECONDS", WAIT)
+    for story, words in ((tmp_path, "The result comes"), (None, "Training starts")):
+        session = start(make_questions(tmp_path, N=1), story=story)
+        post_answer(session, session.open()[0]["id"], 1)
+        state = session.state()
+        assert not state["questions"] and words in state["status"]
+        body = json.dumps({"id": state["last"], "name": None})
+        assert session.request("POST", "/undo", body, AS_JSON).status == 200
+        question = session.open()[0]["id"]
+        assert post_end(session, question, "run").status == 200
+        session.finish()
+        assert session.server.finished
+        (tmp_path / "labels.jsonl").unlink()
+
+
+def post_end(page, question: str, end: str) -> Reply:
+    return request(page, "POST", "/end", json.dumps({"id": question, "end": end}), AS_JSON)
 
 
 def test_the_page_is_the_file_and_answers_head(start, tmp_path):
@@ -204,169 +510,44 @@ def test_the_page_is_the_file_and_answers_head(start, tmp_path):
     assert reply.headers["Content-Length"] == str(len(page))
 
 
-def test_tags(start, tmp_path):
-    questions = make_questions(tmp_path, "bad", N=2, K=7)
-    session = start(questions)
-    marks = [True, False, False, True, False, False, False]
-    assert session.answer([True]).status == session.answer(1).status == 400
-    assert session.answer(marks).status == session.answer(None).status == 200
-    expected = [questions[0] | {"bad": marks}, questions[1] | {"bad": [False] * 7}]
-    assert session.finish() == expected
-    assert read_rows(tmp_path) == [questions[0] | {"bad": marks}, questions[1]]
-
-
-def test_undo_is_a_second_line_and_the_last_counts(start, tmp_path):
-    questions = make_questions(tmp_path, N=2)
-    session = start(questions)
-    first, second = (q["id"] for q in session.open())
-    again = session.send(first, 1).json()["id"]
-    assert session.send(first, -1).status == 409  # a page that does not know of the first answer
-    session.send(again, -1)
-    assert [q["answer"] for q in session.state()["questions"]] == [-1, None]
-    session.send(second, 0)
-    assert [row["h"] for row in session.finish()] == [-1, 0]
-    assert [row["h"] for row in read_rows(tmp_path)] == [1, -1, 0]
-    assert questions[0]["h"] is None
-
-
-def test_sides_are_random_and_reproducible(start, tmp_path):
-    def sides(epoch):
-        questions = make_questions(tmp_path, epoch=epoch, N=40)
-        return [question["left"] for question in start(questions).open()]
-
-    left = sides(epoch=3)
-    assert left == sides(epoch=3) != sides(epoch=4)
-    assert 8 < sum(left) < 32
-
-
-def test_a_restart_goes_on_at_the_first_unanswered_question(start, tmp_path):
+def test_no_page_opens_where_labels_are_complete(start, tmp_path):
+    """As another tool may write them, from questions.jsonl."""
     questions = make_questions(tmp_path)
     session = start(questions)
-    old = session.open()[2]["id"]
-    session.answer(1)
-    session.answer(None)
-    with (tmp_path / "labels.jsonl").open("a") as file:
-        file.write('{"epoch": 3, "pro')  # a kill in mid-write
-    again = start(questions)
-    assert [q["prompt"] for q in again.open()] == [q["prompt"] for q in questions[2:]]
-    assert again.send(old, 1).status == 409  # from a page of the old start
-    assert again.answer(-1).status == 200
-    assert [row["h"] for row in read_rows(tmp_path)] == [1, None, -1]
-    again.answer(0)
-    assert [row["h"] for row in again.finish()] == [1, 0, -1, 0]
-
-
-def test_ask_returns_at_once_where_labels_are_complete(tmp_path):
-    questions = make_questions(tmp_path)
-    rows = [q | {"h": 1} for q in questions]
-    (tmp_path / "labels.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    lines = (tmp_path / "questions.jsonl").read_text().splitlines()
+    rows = [json.loads(line) | {"h": 1} for line in lines]
+    save_lines(tmp_path / "labels.jsonl", rows)
     server = annotate.AnnotationServer(tmp_path, 1, 0)
-    assert server.ask(questions) == rows and server.ask([]) == []
-    assert server.url is None
+    assert server.ask(questions) == rows == [q | {"h": 1} for q in questions]
+    assert server.ask([]) == [] and server.url is None
     server.close()
     (tmp_path / "labels.jsonl").write_text("{}\n")
-    with pytest.raises(ValueError, match="line 1: 'epoch' is missing"):
+    with pytest.raises(annotate.UserError, match="line 1: 'epoch' is missing"):
         server.ask(questions)
     outside = questions[0] | {"images": ["images/../labels.jsonl", "images/b.png"]}
     with pytest.raises(ValueError, match="is not in"):
         server.ask([outside])
-
-
-def test_questions_are_listed_for_other_tools(start, tmp_path):
-    questions = make_questions(tmp_path, N=3)
-    start(questions)
-    lines = (tmp_path / "questions.jsonl").read_text().splitlines()
-    rows = [json.loads(line) | {"h": 1} for line in lines]
-    (tmp_path / "labels.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    answered = annotate.AnnotationServer(tmp_path, 1, 0).ask(questions)
-    assert [row["h"] for row in answered] == [1, 1, 1]
+    post_end(session, session.open()[0]["id"], "run")
 
 
 def test_closing_tells_open_pages_and_then_serves_no_more(start, tmp_path, monkeypatch):
     session = start(make_questions(tmp_path, N=1))
-    session.answer(1)
+    post_answer(session, session.open()[0]["id"], 1)
     session.finish()
     states = []
     with monkeypatch.context() as waiting:  # what a page learns while the server waits for it
         waiting.setattr(annotate, "FAREWELL_SECONDS", 1.5)
         waiting.setattr(annotate.time, "sleep", lambda s: states.append((s, session.state())))
-        session.server.close()
+        session.server.close(code="code")
     ((seconds, state),) = states
     assert seconds == 1.5 and state["ended"] and state["questions"] == []
-    assert "has finished" in state["status"]
+    assert "has finished" in state["status"] and state["code"] == "code"
     assert not is_serving(session)
     session.server.close()  # a second time does nothing
 
 
-# Several people
-
-
-def test_two_annotators(start, tmp_path):
-    session = start(make_questions(tmp_path, N=3), annotators=2)
-    assert session.state()["named"] and session.open() == []
-    question = next(iter(session.server._questions)) + "-0"
-    for name in ("", " ", "x" * 41, "a\nb", 5, ["Ann"], "\ud800", None):
-        assert session.send(question, 1, name).status == 400
-    assert read_rows(tmp_path) == []
-    for h in (1, 1, 0):
-        session.answer(h, "Ann")
-    assert session.open("Ann") == [] and "3 answers to give" in session.state("Ann")["status"]
-    assert session.thread.is_alive()
-    for h in (1, -1, None):
-        session.answer(h, "Zoë")
-    assert [row["h"] for row in session.finish()] == [1, 0, 0]  # a draw is a tie
-    assert [row["annotator"] for row in read_rows(tmp_path)] == ["Ann"] * 3 + ["Zoë"] * 3
-    # agreement 1/2, shares 3/4 and 1/4
-    assert session.server.kappa == pytest.approx((1 / 2 - 10 / 16) / (1 - 10 / 16))
-
-
-def test_kappa_of_tags_takes_each_image_as_an_item(start, tmp_path):
-    session = start(make_questions(tmp_path, "bad", N=1, K=4), annotators=2)
-    session.answer([True, True, False, False], "Ann")
-    session.answer([True, False, False, False], "Bob")
-    session.finish()
-    # agreement 3/4, shares 3/8 and 5/8
-    assert session.server.kappa == pytest.approx((3 / 4 - 34 / 64) / (1 - 34 / 64))
-
-
-def post_end(page, question, end) -> Reply:
-    body = json.dumps({"id": question, "end": end}).encode()
-    return request(page, "POST", "/end", body, AS_JSON)
-
-
-def test_the_last_answer_can_be_taken_back_before_training(start, tmp_path, monkeypatch):
-    monkeypatch.setattr(annotate, "UNDO_SECONDS", WAIT)
-    session = start(make_questions(tmp_path, N=2))
-    for _ in range(2):
-        session.answer(1)
-    state = session.state()
-    assert not state["questions"] and "in a moment" in state["status"]
-    body = json.dumps({"id": state["last"], "name": None}).encode()
-    headers = {"Content-Type": "application/json"}
-    assert session.request("POST", "/undo", body, headers).status == 200
-    (question,) = session.open()
-    assert question["answer"] is None and session.state()["last"] is None
-    session.send(question["id"], -1)
-    assert session.thread.is_alive()
-    assert session.request("POST", "/undo", body, headers).status == 409  # it was undone before
-    assert post_end(session, state["last"], "questions").status == 200  # no need to wait
-    assert [row["h"] for row in session.finish()] == [1, -1]
-    assert session.request("POST", "/undo", body, headers).status == 409
-
-
-def test_a_name_is_the_same_in_other_letters_and_spaces(start, tmp_path):
-    session = start(make_questions(tmp_path, N=2), annotators=2)
-    first, second = session.open("Ann  Lee")
-    session.send(first["id"], 1, "Ann  Lee")
-    session.send(second["id"], 1, " ann lee ")
-    assert [row["annotator"] for row in read_rows(tmp_path)] == ["Ann Lee"] * 2
-    assert session.open("ANN LEE") == [] and len(session.open("Bo")) == 2
-
-
 def test_between_questions_the_page_shows_before_and_now(start, tmp_path):
     session = start(make_questions(tmp_path, N=1))
-    session.answer(1)
-    session.finish()
     for epoch in (0, 3):
         Image.new("RGB", (8, 8), (epoch, 0, 0)).save(held_out_file(tmp_path, epoch, 0))
     rows = [{"epoch": epoch, "accuracy": share} for epoch, share in ((1, None), (3, 0.75))]
@@ -384,180 +565,57 @@ def test_between_questions_the_page_shows_before_and_now(start, tmp_path):
     save_lines(tmp_path / "metrics.jsonl", [*rows, {"epoch": 4, "accuracy": 1}])
     session.server.status("Sampling, epoch 5")  # an epoch without evaluation
     assert session.state()["shown"] == [before, now] and not session.state()["warnings"]
-    for path in (
-        "/held_out/0/1",
-        "/held_out/-1/0",
-        "/held_out/0/x",
-        "/held_out/0/../../config.json",
-    ):
-        assert session.request("GET", path).status == 404
-
-
-@pytest.mark.parametrize("kind", ["h", "bad"])
-def test_what_is_left_can_be_skipped_at_once(start, tmp_path, kind):
-    session = start(make_questions(tmp_path, kind, K=2 if kind == "h" else 3))
-    first, second, *_ = session.open()
-    answer = 1 if kind == "h" else [True, False, False]
-    post_answer(session, first["id"], answer)
-    for wrong in (post_end(session, "stale-0", "run"), post_end(session, 3, "questions")):
-        assert wrong.status == 409
-    assert post_end(session, second["id"], "everything").status == 400
-    assert not session.server.finished and len(session.open()) == 3
-    assert post_end(session, second["id"], "questions").status == 200
-    answered = session.finish()
-    assert [row[kind] for row in read_rows(tmp_path)] == [answer, None, None, None]
-    nothing = 0 if kind == "h" else [False] * 3
-    assert [row[kind] for row in answered] == [answer] + [nothing] * 3
-    assert not session.server.finished
-
-
-def test_finish_skips_for_all_and_is_remembered(start, tmp_path):
-    session = start(make_questions(tmp_path), annotators=2)
-    first, *_ = session.open("Ann")
-    post_answer(session, first["id"], 1, "Ann")
-    assert post_end(session, first["id"], "run").status == 200
-    assert [row["h"] for row in session.finish()] == [1, 0, 0, 0] and session.server.finished
-    again = annotate.AnnotationServer(tmp_path, 2, 0).ask(make_questions(tmp_path))
-    assert [row["h"] for row in again] == [1, 0, 0, 0]  # nobody is asked again
-
-
-def test_finish_before_any_answer_skips_nothing_for_good(start, tmp_path):
-    session = start(make_questions(tmp_path), annotators=2)
-    assert post_end(session, session.open("Ann")[0]["id"], "run").status == 200
-    session.finish()
-    assert session.server.finished and read_rows(tmp_path) == []
-
-
-def test_a_blind_test_does_not_speak_of_training(start, tmp_path, monkeypatch):
-    monkeypatch.setattr(annotate, "UNDO_SECONDS", WAIT)
-    for story, words in ((tmp_path, "The result comes"), (None, "Training starts")):
-        session = start(make_questions(tmp_path, N=1), story=story)
-        session.answer(1)
-        assert words in session.state()["status"]
-        post_end(session, session.state()["last"], "questions")
-        session.finish()
-        (tmp_path / "labels.jsonl").unlink()
-
-
-def test_there_are_as_many_places_as_annotators(start, tmp_path):
-    questions = make_questions(tmp_path, N=2)
-    session = start(questions, annotators=2)
-    first = session.open("Cid")[0]["id"]  # a look takes no place
-    for name, h in (("Ann", 1), ("Ann", 1), ("Bob", 1)):
-        session.answer(h, name)
-    for reply in (session.send(first, -1, "Cid"), session.request("GET", "/state?name=Cid")):
-        assert is_refused(reply, 403) and "by Ann, Bob" in reply.json()["error"]
-    session.answer(-1, "BOB")
-    assert [row["h"] for row in session.finish()] == [1, 0] and len(read_rows(tmp_path)) == 4
-    assert "too late" in session.send(first, 1, "Bob").json()["error"]
+    for path in ("0/1", "-1/0", "0/x", "0/../../config.json"):
+        assert session.request("GET", f"/held_out/{path}").status == 404
 
 
 def test_people_who_agree_on_nothing_are_told(start, tmp_path, capsys):
-    session = start(make_questions(tmp_path, N=2), annotators=2)
-    for name, h in (("Ann", 1), ("Bob", -1)):
-        session.answer(h, name)
-        session.answer(h, name)
-    assert [row["h"] for row in session.finish()] == [0, 0]
-    assert "agree on no question" in session.state("Ann")["status"]
+    session = start(make_questions(tmp_path, N=1), annotators=2)
+    id = session.open()[0]["id"]
+    assert post_answer(session, id, 1, "Ann").status == 200
+    state = session.request("GET", "/state?name=Ann").json()
+    assert state["named"] and "1 answers to give" in state["status"]
+    assert post_answer(session, id, -1, "Bob").status == 200
+    assert [row["h"] for row in session.finish()] == [0]
+    assert "agree on no question" in session.state()["status"]
     assert "Epoch 3: you agree on no question" in capsys.readouterr().out
 
 
-# A page that is behind, and people without the token
-
-
-def test_a_tab_that_is_behind_changes_nothing(start, tmp_path):
-    session = start(make_questions(tmp_path, N=3), annotators=2)
-    stale = session.open("Ann")
-    session.open("Bob")
-    session.answer(1, "Ann")
-    for answer in (1, -1, 0, None):
-        reply = session.send(stale[0]["id"], answer, "ann")
-        assert is_refused(reply, 409) and "another page" in reply.json()["error"]
-    assert session.send(stale[0]["id"], -1, "Bob").status == 200  # his has not changed
-    assert [(row["annotator"], row["h"]) for row in read_rows(tmp_path)] == [
-        ("Ann", 1),
-        ("Bob", -1),
-    ]
-
-
-def test_nobody_without_the_token_sees_or_changes_anything(guarded, tmp_path):
-    token = guarded.path.strip("/")
-    question = guarded.open()[0]
-    body = json.dumps({"id": question["id"], "answer": 1, "name": None})
-    end = json.dumps({"id": question["id"], "end": "run"})
-    wrong = [token[:-1], f"{token}x", token[::-1], token.swapcase(), f".{token}", f"x/{token}"]
-    for prefix in ["", *(f"/{one}" for one in [*wrong, "", "%00", "é"])]:
-        for path in ("/", "/state", f"/{question['images'][0]}", "/held_out/0/0"):
-            outside = SimpleNamespace(url=f"http://127.0.0.1:{guarded.port}")
-            reply = request(outside, "GET", quote(prefix, safe="/%") + path)
-            assert is_refused(reply, 403) and token not in reply.body.decode(), (prefix, path)
-        for path, content in (("/answer", body), ("/undo", body), ("/end", end)):
-            reply = request(outside, "POST", quote(prefix, safe="/%") + path, content, AS_JSON)
-            assert is_refused(reply, 403)
-    assert (tmp_path / "token").stat().st_mode & 0o777 == 0o600 and len(token) > 20
-
-
-def test_a_token_is_whole_or_not_there(tmp_path, monkeypatch):
-    """A page whose token is empty is open to every user of the machine."""
-    file = tmp_path / "token"
-    with monkeypatch.context() as patched, pytest.raises(OSError):
-        patched.setattr(os, "replace", mock.Mock(side_effect=OSError(28, "full")))
-        annotate.read_token(file)
-    assert not file.exists()
-    token = annotate.read_token(file)
-    assert len(token) > 20 and annotate.read_token(file) == token
-
-
-@pytest.mark.parametrize("silent", [b"", b"GET /", b"POST /answer HTTP/1.1\r\nHost: localhost\r\n"])
-def test_a_thousand_connections_that_say_no_more_do_not_keep_people_out(start, tmp_path, silent):
-    session = start(make_questions(tmp_path, N=1))
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, max(soft, 4096)), hard))
-    with contextlib.ExitStack() as stack:
-        for _ in range(1000):
-            address = ("127.0.0.1", session.port)
-            connection = stack.enter_context(socket.create_connection(address, timeout=WAIT))
-            connection.sendall(silent)
-        assert session.answer(1).status == 200
-        assert [row["h"] for row in session.finish()] == [1]
-    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-
-
-def test_five_hundred_answers_at_once_are_kept_once_each(start, tmp_path):
-    session = start(make_questions(tmp_path, N=45), annotators=2)
-    votes = {
-        (name, question["id"]): h
-        for name in ("Ann", "Bob")
-        for question, h in zip(session.open(name), [1, -1, 0] * 15, strict=True)
-    }
-    sent = list(votes.items()) * 6  # 540: each of 90 by six tabs at once
-    random.Random(0).shuffle(sent)
-    session.answer(0, "Ann"), session.answer(0, "Bob")  # their names, before the rush
-    with ThreadPoolExecutor(32) as pool:
-        replies = list(
-            pool.map(lambda vote: session.send(vote[0][1], vote[1], vote[0][0]).status, sent)
-        )
-    assert replies.count(200) == 88 and replies.count(409) == 540 - 88
-    rows = read_rows(tmp_path)
-    assert len(rows) == 90
-    kept = {(row["annotator"], row["prompt"]): row["h"] for row in rows}
-    expected = dict(zip(PROMPTS["animals"], [0, *([1, -1, 0] * 15)[1:]], strict=True))
-    assert kept == {(name, prompt): h for name in ("Ann", "Bob") for prompt, h in expected.items()}
-    assert [row["h"] for row in session.finish()] == list(expected.values())
+def test_a_taken_port_is_said_and_the_next_free_one_taken(start, tmp_path):
+    questions = make_questions(tmp_path, N=1)
+    first, second = start(questions), start(questions)
+    assert first.port != second.port and {first.port, second.port} <= set(annotate.PORTS)
+    for port in (first.port, 70_000):
+        with pytest.raises(annotate.UserError, match=f"{port}: give another --port"):
+            annotate.listen(port)
 
 
 # What is refused
 
 
-@pytest.fixture
-def guarded(start, tmp_path):
-    """A session with one answer; afterwards it still serves, and its file is unchanged."""
-    session = start(make_questions(tmp_path, N=5))
-    session.answer(1)
-    before = (tmp_path / "labels.jsonl").read_bytes()
+@pytest.fixture(scope="module")
+def serving(tmp_path_factory):
+    """A session with one answer of five."""
+    run = tmp_path_factory.mktemp("guarded")
+    session = Session(run, make_questions(run, N=5))
+    post_answer(session, session.open()[0]["id"], 1)
     yield session
-    assert session.request("GET", "/").status == 200 and len(session.open()) == 4
-    assert (tmp_path / "labels.jsonl").read_bytes() == before
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(annotate, "FAREWELL_SECONDS", 0)
+        session.server.close()
+
+
+@pytest.fixture
+def guarded(serving):
+    """It still serves afterwards, and its file is unchanged."""
+    before = serving.server.file.read_bytes()
+    yield serving
+    assert serving.request("GET", "/").status == 200 and len(serving.open()) == 4
+    assert serving.server.file.read_bytes() == before
+
+
+def good_answer(session: Session) -> str:
+    return json.dumps({"id": session.open()[0]["id"], "answer": 1, "name": None})
 
 
 def send_raw(port: int, content: bytes, seconds: float | None = None) -> bytes:
@@ -577,8 +635,24 @@ def is_refused(reply: Reply, status: int) -> bool:
     return reply.status == status and isinstance(reply.json()["error"], str)
 
 
+def test_nobody_without_the_token_sees_or_changes_anything(guarded):
+    token = guarded.path.strip("/")
+    question = guarded.open()[0]
+    body = good_answer(guarded)
+    end = json.dumps({"id": question["id"], "end": "run"})
+    wrong = [token[:-1], f"{token}x", token[::-1], token.swapcase(), f".{token}", f"x/{token}"]
+    for prefix in ["", *(f"/{one}" for one in [*wrong, "", "%00", "é"])]:
+        for path in ("/", "/state", f"/{question['images'][0]}", "/held_out/0/0"):
+            outside = SimpleNamespace(url=f"http://127.0.0.1:{guarded.port}")
+            reply = request(outside, "GET", quote(prefix, safe="/%") + path)
+            assert is_refused(reply, 403) and token not in reply.body.decode(), (prefix, path)
+        for path, content in (("/answer", body), ("/undo", body), ("/end", end)):
+            reply = request(outside, "POST", quote(prefix, safe="/%") + path, content, AS_JSON)
+            assert is_refused(reply, 403)
+
+
 def test_foreign_hosts_are_refused(guarded):
-    good = json.dumps({"id": guarded.open()[0]["id"], "answer": 1, "name": None})
+    good = good_answer(guarded)
     hosts = ["evil.example", f"evil.example:{guarded.port}", "127.0.0.1.evil.example"]
     hosts += ["127.0.0.1@evil.example", "0.0.0.0", "", "localhost:", "[::1]", "127.0.0.1, evil"]
     for host in hosts:
@@ -594,19 +668,14 @@ def test_only_one_host_is_taken(guarded):
     for version in ("1.0", "1.1"):
         for hosts in ([], ["localhost", "evil"], ["evil", "localhost"], ["localhost"] * 2):
             fields = [f"Host: {host}" for host in hosts]
-            lines = [
-                f"GET {guarded.path}/state HTTP/{version}",
-                *fields,
-                "Connection: close",
-                "",
-                "",
-            ]
+            head = f"GET {guarded.path}/state HTTP/{version}"
+            lines = [head, *fields, "Connection: close", "", ""]
             reply = send_raw(guarded.port, "\r\n".join(lines).encode())
             assert reply.split()[1] == b"400" and b"prompt" not in reply
 
 
 def test_foreign_origins_are_refused(guarded):
-    good = json.dumps({"id": guarded.open()[0]["id"], "answer": 1, "name": None})
+    good = good_answer(guarded)
     origins = ["http://evil.example", "null", f"https://127.0.0.1:{guarded.port}"]
     for origin in [*origins, "http://127.0.0.1:1", "http://localhost"]:
         for method in ("GET", "POST", "OPTIONS"):
@@ -619,7 +688,7 @@ def test_foreign_origins_are_refused(guarded):
 
 def test_own_origin_is_answered(start, tmp_path):
     session = start(make_questions(tmp_path, N=1))
-    body = json.dumps({"id": session.open()[0]["id"], "answer": 1, "name": None})
+    body = good_answer(session)
     headers = AS_JSON | {"Origin": f"http://127.0.0.1:{session.port}"}
     assert session.request("POST", "/answer", body, headers).status == 200
 
@@ -659,15 +728,15 @@ def test_nothing_else_is_served(guarded):
 def test_wrong_answers_are_refused(guarded):
     ids = [q["id"] for q in guarded.open()]
     for answer in (2, True, 1.0, "1", [1], {}, [True, False], 10**30):
-        assert is_refused(guarded.send(ids[0], answer), 400), answer
+        assert is_refused(post_answer(guarded, ids[0], answer), 400), answer
     for question in ("", "0", ids[0] + "0", ids[0].split("-")[0], None, 0, [], {}, ids):
-        assert is_refused(guarded.send(question, 1), 409), question
-    assert is_refused(guarded.send(ids[0], 1, "Ann"), 400)
+        assert is_refused(post_answer(guarded, question, 1), 409), question
+    assert is_refused(post_answer(guarded, ids[0], 1, "Ann"), 400)
     assert is_refused(guarded.request("GET", "/state?name=Ann"), 400)
 
 
 def test_wrong_requests_are_refused(guarded):
-    good = json.dumps({"id": guarded.open()[0]["id"], "answer": 1, "name": None})
+    good = good_answer(guarded)
 
     def post(body, **headers):
         return guarded.request("POST", "/answer", body, AS_JSON | headers)
@@ -684,7 +753,7 @@ def test_wrong_requests_are_refused(guarded):
 
 
 def test_a_request_that_breaks_off_changes_nothing(guarded, caplog):
-    body = json.dumps({"id": guarded.open()[0]["id"], "answer": 1, "name": None})
+    body = good_answer(guarded)
     head = f"POST {guarded.path}/answer HTTP/1.1\r\nHost: localhost\r\n"
     head += f"Content-Length: {len(body)}\r\n"
     content = f"{head}Content-Type: application/json\r\n\r\n{body}"
@@ -693,13 +762,6 @@ def test_a_request_that_breaks_off_changes_nothing(guarded, caplog):
             connection.sendall(content[:end].encode())
     time.sleep(0.1)
     assert not caplog.records  # the server says nothing about it
-
-
-def test_there_is_no_websocket(guarded):
-    headers = {"Connection": "Upgrade", "Upgrade": "websocket", "Sec-WebSocket-Version": "13"}
-    headers["Sec-WebSocket-Key"] = "dGhlIHNhbXBsZSBub25jZQ=="
-    for path in ("/", "/state", "/answer"):
-        assert guarded.request("GET", path, headers=headers).status in (200, 405)  # not 101
 
 
 def test_every_reply_has_the_security_headers(guarded, monkeypatch):
@@ -726,110 +788,6 @@ def test_every_reply_has_the_security_headers(guarded, monkeypatch):
     assert replies[1].headers["Cache-Control"] == "no-store"
 
 
-def test_fifty_random_malformed_requests(guarded, caplog):
-    chance = random.Random(0)
-    ids = [q["id"] for q in guarded.open()]
-    paths = ["/", "/answer", "/state?name=", "/images/"]
-    words = [f"{guarded.path}{path}".encode() for path in paths]
-    words += b"GET POST PUT .. %2e%2e \x00 \xff\xfe HTTP/1.1 HTTP/9.9 -1".split(b" ")
-    words += [b"\r\n", b"\n", b" ", b"Host: localhost", b"Host: evil"]
-    words += [b"Content-Type: application/json", b"Transfer-Encoding: chunked", b"[" * 50]
-    words += [b"Content-Length: 99999", b'"id": ', b'"answer": ', b"{", b"}", ids[0].encode()]
-    values = [
-        None,
-        1,
-        -1,
-        0,
-        2,
-        0.5,
-        True,
-        "1",
-        "",
-        "\x00",
-        [],
-        [1],
-        {},
-        {"h": 1},
-        10**40,
-        "é" * 50,
-    ]
-    head = f"POST {guarded.path}/answer HTTP/1.1\r\nHost: localhost\r\n".encode()
-    head += b"Content-Type: application/json\r\n"
-    refused = 0
-    for n in range(50):
-        if n % 3 == 0:  # noise
-            content = b"".join(chance.choices(words, k=chance.randrange(1, 20)))
-        else:
-            if n % 3 == 1:  # a whole request that is changed, cut or lengthened somewhere below
-                body = json.dumps({"id": ids[0], "answer": 3, "name": None}).encode()
-            else:  # well-formed HTTP with a body of the wrong kind
-                keys = chance.sample(["id", "answer", "name", "h"], chance.randrange(1, 5))
-                body = json.dumps({key: chance.choice(values) for key in keys}).encode()
-            content = head + b"Content-Length: %d\r\n\r\n" % len(body) + body
-            if n % 3 == 1:
-                place = chance.randrange(len(content))
-                new = chance.randbytes(chance.randrange(3))
-                content = content[:place] + new + content[place + chance.randrange(20) :]
-        reply = send_raw(guarded.port, content, 0.1)
-        is_state = content.startswith(f"GET {guarded.path}/state".encode())
-        assert not reply or reply[9:10] in b"45" or is_state, (content, reply)
-        refused += reply.startswith(b"HTTP/1.1 4")
-    assert refused >= 25
-    assert not caplog.records
-
-
-def test_answers_reach_the_disk_itself(start, tmp_path, monkeypatch):
-    session, synced, fsync = start(make_questions(tmp_path, N=2)), [], os.fsync
-
-    def record(number):
-        synced.append(os.fstat(number).st_size)
-        fsync(number)
-
-    monkeypatch.setattr(annotate.os, "fsync", record)
-    assert session.answer(1).status == 200
-    assert synced == [(tmp_path / "labels.jsonl").stat().st_size]
-
-
-def test_a_full_disk_is_said_and_leaves_no_half_line(start, tmp_path, monkeypatch):
-    session = start(make_questions(tmp_path, N=2))
-    session.answer(1)
-    before = (tmp_path / "labels.jsonl").read_bytes()
-
-    def fail(_):
-        raise OSError(28, "No space left on device")
-
-    with monkeypatch.context() as broken:
-        broken.setattr(annotate.os, "fsync", fail)
-        reply = session.answer(1)
-    assert is_refused(reply, 500) and "No space left" in reply.json()["error"]
-    assert (tmp_path / "labels.jsonl").read_bytes() == before and len(session.open()) == 1
-    session.answer(0)
-    assert [row["h"] for row in session.finish()] == [1, 0]
-
-
-def test_half_a_line_is_taken_back(tmp_path):
-    file = tmp_path / "labels.jsonl"
-    file.write_text("{}\n")
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (13, hard))  # no file may grow beyond 13 bytes
-    try:
-        with pytest.raises(annotate.HTTPError) as error:
-            annotate.append_safely(file, {"prompt": "a cat"})
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert error.value.status_code == 500 and file.read_text() == "{}\n"
-
-
-def test_a_taken_port_is_said_and_the_next_free_one_found(start, tmp_path):
-    questions = make_questions(tmp_path, N=1)
-    first, second = start(questions), start(questions)
-    assert first.port != second.port and {first.port, second.port} <= set(annotate.PORTS)
-    for port in (first.port, 70_000):
-        server = annotate.AnnotationServer(tmp_path, 1, 0, port)
-        with pytest.raises(annotate.UserError, match=f"{port}: give another --port"):
-            server.ask(questions)
-
-
 # A kill, and a browser
 
 
@@ -842,7 +800,7 @@ def start_program(run: Path, port: int, seconds_of_training: float = 0) -> subpr
         from sd.annotate import AnnotationServer
         annotate.UNDO_SECONDS = 0
         run = Path(sys.argv[1])
-        server = AnnotationServer(run, 1, 0, {port})
+        server = AnnotationServer(run, 1, 0, port={port})
         for epoch in (1, 2):
             rows = server.ask(json.loads((run / f"asked{{epoch}}.json").read_text()))
             (run / f"rows{{epoch}}.json").write_text(json.dumps(rows))
@@ -907,16 +865,22 @@ def test_kill_9_loses_no_label(program, tmp_path):
     assert len(answers) == 30
 
 
-@contextlib.contextmanager
-def open_tab(url: str, wide: int = 1280, high: int = 800, **options):
-    """A page of Chromium. `problems` has its errors, and requests to anywhere else."""
+@pytest.fixture(scope="module")
+def browser():
+    """Chromium, one for the tests of a module."""
     sync_api = pytest.importorskip("playwright.sync_api")
     chromium = shutil.which("chromium")
     if not chromium:
         pytest.skip("there is no chromium")
     with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        context = browser.new_context(viewport={"width": wide, "height": high}, **options)
+        yield playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+
+
+@contextlib.contextmanager
+def open_tab(browser, url: str, wide: int = 1280, high: int = 800, **options):
+    """A page of the browser. `problems` has its errors, and requests to anywhere else."""
+    viewport = {"width": wide, "height": high}
+    with contextlib.closing(browser.new_context(viewport=viewport, **options)) as context:
         context.set_default_timeout(WAIT * 1000)
         tab = context.new_page()
         tab.problems = []
@@ -934,7 +898,6 @@ def open_tab(url: str, wide: int = 1280, high: int = 800, **options):
         tab.on("request", check_address)
         tab.goto(url)
         yield tab
-        browser.close()
 
 
 def wait_for_prompt(tab, text: str) -> None:
@@ -943,12 +906,12 @@ def wait_for_prompt(tab, text: str) -> None:
 
 
 @pytest.mark.slow
-def test_chromium_labels_epochs_by_keyboard_alone(program, tmp_path):
+def test_chromium_labels_epochs_by_keyboard_alone(browser, program, tmp_path):
     first_epoch, _ = write_questions(tmp_path, 7, 2)
     page = Page(tmp_path, free_port())
     process = program(page.port, 2.5)
     until(lambda: is_serving(page))
-    with open_tab(page.url) as tab:
+    with open_tab(browser, page.url) as tab:
         wait_for_prompt(tab, "a cat")
         left = [question["left"] for question in tab.evaluate("state.questions")]
         images = tab.locator("#tiles img")
@@ -991,9 +954,9 @@ def test_chromium_labels_epochs_by_keyboard_alone(program, tmp_path):
 
 
 @pytest.mark.slow
-def test_chromium_tags_by_keyboard(start, tmp_path):
+def test_chromium_tags_by_keyboard(browser, start, tmp_path):
     session = start(make_questions(tmp_path, "bad", N=2, K=7))
-    with open_tab(session.server.url) as tab:
+    with open_tab(browser, session.server.url) as tab:
         wait_for_prompt(tab, "a cat")
         for key in ("2", "7", "3", "3", "9", "Enter"):
             tab.keyboard.press(key)
@@ -1013,9 +976,9 @@ def test_chromium_tags_by_keyboard(start, tmp_path):
 
 
 @pytest.mark.slow
-def test_chromium_two_people_on_one_machine(start, tmp_path):
+def test_chromium_two_people_on_one_machine(browser, start, tmp_path):
     session = start(make_questions(tmp_path, N=2), annotators=2)
-    with open_tab(session.server.url) as tab:
+    with open_tab(browser, session.server.url) as tab:
         for name in ("Ann", "<b>Bob</b>"):
             tab.get_by_label("Your name").fill(name)
             tab.keyboard.press("Enter")
@@ -1034,12 +997,12 @@ def test_chromium_two_people_on_one_machine(start, tmp_path):
 
 
 @pytest.mark.slow
-def test_chromium_finds_the_page_again_after_a_restart(program, tmp_path):
+def test_chromium_finds_the_page_again_after_a_restart(browser, program, tmp_path):
     write_questions(tmp_path, 3, 0)
     page = Page(tmp_path, free_port())
     process = program(page.port)
     until(lambda: is_serving(page))
-    with open_tab(page.url) as tab:
+    with open_tab(browser, page.url) as tab:
         wait_for_prompt(tab, "a cat")
         tab.keyboard.press("ArrowLeft")
         wait_for_prompt(tab, "a dog")
@@ -1057,11 +1020,13 @@ def test_chromium_finds_the_page_again_after_a_restart(program, tmp_path):
 @pytest.mark.parametrize(
     "kind, K, wide, high, scheme", [("h", 2, 1280, 800, "light"), ("bad", 7, 390, 844, "dark")]
 )
-def test_chromium_layout_fits_without_scrolling(start, tmp_path, kind, K, wide, high, scheme):
+def test_chromium_layout_fits_without_scrolling(
+    browser, start, tmp_path, kind, K, wide, high, scheme
+):
     session = start(make_questions(tmp_path, kind, N=1, K=K))
     is_phone = wide < 500
     options = {"color_scheme": scheme, "is_mobile": is_phone, "has_touch": is_phone}
-    with open_tab(session.server.url, wide, high, **options) as tab:
+    with open_tab(browser, session.server.url, wide, high, **options) as tab:
         wait_for_prompt(tab, "a cat")
         boxes = [one.bounding_box() for one in tab.locator("#tiles button, footer button").all()]
         for box in boxes:
@@ -1078,9 +1043,9 @@ def test_chromium_layout_fits_without_scrolling(start, tmp_path, kind, K, wide, 
 
 
 @pytest.mark.slow
-def test_chromium_the_network_goes_and_comes_back(start, tmp_path):
+def test_chromium_the_network_goes_and_comes_back(browser, start, tmp_path):
     session = start(make_questions(tmp_path, N=2))
-    with open_tab(session.server.url) as tab:
+    with open_tab(browser, session.server.url) as tab:
         wait_for_prompt(tab, "a cat")
         tab.context.set_offline(True)
         tab.keyboard.press("ArrowLeft")
@@ -1094,9 +1059,9 @@ def test_chromium_the_network_goes_and_comes_back(start, tmp_path):
 
 
 @pytest.mark.slow
-def test_chromium_a_tab_that_is_behind_says_so_and_goes_on(start, tmp_path):
+def test_chromium_a_tab_that_is_behind_says_so_and_goes_on(browser, start, tmp_path):
     session = start(make_questions(tmp_path, N=3))
-    with open_tab(session.server.url) as tab:
+    with open_tab(browser, session.server.url) as tab:
         wait_for_prompt(tab, "a cat")
         behind = tab.context.new_page()
         behind.goto(session.server.url)
@@ -1111,9 +1076,9 @@ def test_chromium_a_tab_that_is_behind_says_so_and_goes_on(start, tmp_path):
 
 
 @pytest.mark.slow
-def test_chromium_marks_more_than_ten_images_and_keeps_the_focus(start, tmp_path):
+def test_chromium_marks_more_than_ten_images_and_keeps_the_focus(browser, start, tmp_path):
     session = start(make_questions(tmp_path, "bad", N=2, K=12))
-    with open_tab(session.server.url) as tab:
+    with open_tab(browser, session.server.url) as tab:
         wait_for_prompt(tab, "a cat")
         for key in ("1", "2", "5", "1"):  # 12, 5, and 1 as nothing follows
             tab.keyboard.press(key)

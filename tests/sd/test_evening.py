@@ -9,7 +9,16 @@ import sys
 import numpy as np
 import pytest
 from PIL import Image
-from test_annotate import Page, free_port, is_serving, open_tab, read_rows, request, until
+from test_annotate import (
+    Page,
+    browser,  # noqa: F401, a fixture
+    free_port,
+    is_serving,
+    open_tab,
+    read_rows,
+    request,
+    until,
+)
 from test_human_run import WAIT, lora_of, start  # noqa: F401, the fixture
 
 import sd_demo
@@ -50,14 +59,14 @@ class Person:
 
 
 @pytest.mark.slow
-def test_an_evening(start, tmp_path, monkeypatch):  # noqa: F811
+def test_an_evening(browser, start, tmp_path, monkeypatch):  # noqa: F811
     out, output = tmp_path / "run", tmp_path / "output.txt"
     page = Page(out, free_port())
     process = start([*FLAGS.split(), "--out", str(out), "--port", str(page.port)])
     until(lambda: is_serving(page))
     address, tunnel = (re.search(sign, output.read_text()) for sign in (r"http://\S+", r"ssh -L.*"))
     assert address[0] == page.url and f"{page.port}:127.0.0.1:{page.port}" in tunnel[0]
-    with open_tab(page.url) as tab:
+    with open_tab(browser, page.url) as tab:
         tab.on("dialog", lambda dialog: dialog.accept())
         person = Person(tab, page)
         for done in range(TRAINED_AFTER):

@@ -1,8 +1,9 @@
 """Figures of a run, drawn from a folder that no run has made."""
 
+import subprocess
+import sys
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 from PIL import Image
@@ -20,13 +21,13 @@ def picture(grey: int) -> Image.Image:
 def run(tmp_path):
     """Three epochs, of which the first has no evaluation."""
     (tmp_path / "images").mkdir()
-    config = {"objective": "compressibility", "watch": "a/classifier.py:recognised"}
+    config = {"objective": "compressibility", "watch": "a/scorers.py:sharp_edges"}
     config["initial"] = {"eval_score": -5.0, "watched": 0.5}
     files.save_json(tmp_path / "config.json", config)
     rows = [
-        ROW | {"epoch": 1, "score": -3.0, "kl": 2.0, "eval_score": None, "watched": None},
-        ROW | {"epoch": 2, "score": -2.0, "kl": 3.0, "eval_score": -1.5},
-        ROW | {"epoch": 3, "score": -1.0, "kl": 4.0, "eval_score": -1.0},
+        ROW | {"epoch": 1, "score": -3.0, "kl_trained": 2.0, "eval_score": None, "watched": None},
+        ROW | {"epoch": 2, "score": -2.0, "kl_trained": 3.0, "eval_score": -1.5},
+        ROW | {"epoch": 3, "score": -1.0, "kl_trained": 4.0, "eval_score": -1.0},
     ]
     files.save_lines(tmp_path / "metrics.jsonl", rows)
     for epoch in (0, 2, 3):
@@ -37,94 +38,109 @@ def run(tmp_path):
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """Figures are left open, to read what is in them."""
-    close, opened = plt.close, []
-    monkeypatch.setattr(plt, "close", opened.append)
-    yield opened
-    for figure in opened:
-        close(figure)
+    """Figures, by the names of their files, in place of the files."""
+    by_name = {}
+    monkeypatch.setattr(figures, "save_figure", lambda f, path: by_name.update({path.name: f}))
+    return by_name
+
+
+def change(run: Path, config: dict, rows: list[dict]) -> None:
+    """Replace some of what a run stored."""
+    files.save_json(run / "config.json", files.read_json(run / "config.json") | config)
+    stored = files.read_lines(run / "metrics.jsonl")
+    files.save_lines(run / "metrics.jsonl", [a | b for a, b in zip(stored, rows, strict=True)])
 
 
 def lines(axis) -> list[tuple]:
     return [(list(line.get_xdata()), list(line.get_ydata())) for line in axis.get_lines()]
 
 
-def test_figures_are_drawn_from_stored_numbers_and_closed(run):
-    stored, open_before = {path.name for path in run.iterdir()}, plt.get_fignums()
+def row_names(figure) -> list[str]:
+    return [text.get_text() for text in figure.axes[0].get_yticklabels()]
+
+
+def greys(figure) -> list[list[int]]:
+    """Of the images of each row, from the pixels of the mosaic."""
+    (image,) = figure.axes[0].images
+    pixels, side = np.asarray(image.get_array())[..., 0], figures.TILE
+    step = side + figures.TILE // 16
+    return pixels[side // 2 :: step, side // 2 :: step].tolist()
+
+
+def test_figures_are_files_drawn_from_stored_numbers(run):
+    stored = {path.name for path in run.iterdir()}
     paths = figures.draw_run(run)
-    assert [path.name for path in paths] == ["reward_curve.png", "progress.png", "before_after.png"]
+    assert [path.name for path in paths] == ["reward_curve.png", "progress.png"]
     assert {path.name for path in run.iterdir()} == stored | {path.name for path in paths}
     for path in paths:
-        assert path.read_bytes().startswith(b"\x89PNG") and plt.imread(path).std() > 0.05
-    assert plt.get_fignums() == open_before
+        image = Image.open(path)
+        assert image.format == "PNG" and image.width == figures.WIDTH * figures.DPI
+        assert np.asarray(image.convert("L")).std() > 5
+
+
+@pytest.mark.slow
+def test_drawing_leaves_the_display_of_a_notebook_alone(run):
+    """No pyplot, and matplotlib only when a figure is drawn."""
+    code = "import sys\nfrom pathlib import Path\nfrom sd import figures\n"
+    code += "print('matplotlib' in sys.modules)\nfigures.draw_run(Path(sys.argv[1]))\n"
+    code += "print('matplotlib.pyplot' in sys.modules)"
+    out = subprocess.run([sys.executable, "-c", code, run], capture_output=True, check=True)
+    assert out.stdout.split() == [b"False", b"False"]
 
 
 def test_curves_are_the_stored_columns_over_the_epochs(run, drawn):
     figures.draw_run(run)
-    score, kl, watched = drawn[0].axes
-    training, held_out, initial = lines(score)
-    assert training == ([1, 2, 3], [-3, -2, -1])
-    assert held_out == ([0, 2, 3], [-5, -1.5, -1]) and initial[1] == [-5, -5]
-    assert lines(kl) == [([1, 2, 3], [2, 3, 4]), ([1, 2, 3], [0.5] * 3)]
+    score, watched, kl = drawn["reward_curve.png"].axes
+    new, held_out, initial = lines(score)
+    assert new == ([1, 2, 3], [3, 2, 1])  # kB, of minus kB
+    assert held_out == ([0, 2, 3], [5, 1.5, 1]) and initial[1] == [5, 5]
     assert lines(watched) == [([0, 2, 3], [0.5, 0.25, 0.25])]
-    assert all(axis.get_xlabel() == "epoch" and axis.get_ylabel() for axis in drawn[0].axes)
-    assert "compressibility" in score.get_ylabel() and "nats" in kl.get_ylabel()
-    assert "recognised" in watched.get_ylabel()
+    assert lines(kl) == [([1, 2, 3], [2, 3, 4])]
+    assert score.get_ylabel() == "JPEG size (kB)" and watched.get_ylabel() == "sharp edges"
+    assert "new images" in kl.get_ylabel() and "nats" in kl.get_ylabel()
+    assert kl.get_xlabel() == "epoch"
+    for axis in (score, watched, kl):
+        if legend := axis.get_legend():
+            assert legend.get_window_extent().y0 >= axis.get_window_extent().y1  # above the data
 
 
-def test_pictures_are_the_held_out_ones_of_each_evaluation(run, drawn):
+def test_a_limit_is_drawn_with_the_kl_that_it_limits(run, drawn):
+    no_new_images = {"kl": None, "kl_trained": None, "score": None, "score_sem": None}
+    change(run, {"max_kl": 40.0}, [no_new_images | {"eval_kl": kl} for kl in (None, 20.0, 30.0)])
     figures.draw_run(run)
-    rows = [axis.get_ylabel() for axis in drawn[1].axes[::2]]
-    assert rows == ["initial", "epoch 2", "epoch 3"]
-    greys = [axis.images[0].get_array()[0, 0, 0] for axis in drawn[1].axes]
-    assert greys == [0, 10, 100, 110, 150, 160]
-    greys = [axis.images[0].get_array()[0, 0, 0] for axis in drawn[2].axes]
-    assert greys == [0, 10, 150, 160]  # the initial model, and the last
+    held_out, limit = lines(drawn["reward_curve.png"].axes[2])
+    assert held_out == ([0, 2, 3], [0, 20, 30]) and limit[1] == [40, 40]
 
 
-def test_pictures_are_drawn_where_the_last_epoch_was_evaluated(run, drawn, monkeypatch):
+def test_where_people_judge_their_answers_are_drawn(run, drawn):
+    no_score = {"score": None, "score_sem": None, "eval_score": None, "watched": None}
+    answers = [{"accuracy": a, "bad_share": b} for a, b in ((None, 0.5), (0.75, 0.25), (0.5, 0))]
+    people = {"objective": "tags", "initial": {"eval_score": None, "watched": None}}
+    change(run, people, [no_score | row for row in answers])
+    figures.draw_run(run)
+    share, kl = drawn["reward_curve.png"].axes
+    accuracy, bad, chance = lines(share)
+    assert accuracy == ([2, 3], [75, 50]) and bad == ([1, 2, 3], [50, 25, 0])
+    assert set(chance[1]) == {50} and kl.get_xlabel() == "round"
+    assert row_names(drawn["progress.png"]) == ["before", "round 2", "round 3"]
+
+
+def test_rows_are_the_held_out_images_of_each_evaluation_with_their_score(run, drawn):
+    figures.draw_run(run)
+    names = ["before\n5.00 kB", "epoch 2\n1.50 kB", "epoch 3\n1.00 kB"]
+    assert row_names(drawn["progress.png"]) == names
+    assert greys(drawn["progress.png"]) == [[0, 10], [100, 110], [150, 160]]
+
+
+def test_rows_are_drawn_where_the_last_epoch_was_evaluated(run, drawn, monkeypatch):
     opened, read = [], figures.open_image
     monkeypatch.setattr(figures, "open_image", lambda file: opened.append(file) or read(file))
     rows = files.read_lines(run / "metrics.jsonl")
     not_evaluated = ROW | {"epoch": 4, "eval_score": None, "watched": None}
     files.save_lines(run / "metrics.jsonl", [*rows, not_evaluated])
-    assert [path.name for path in figures.draw_run(run)] == ["reward_curve.png"]
-    assert lines(drawn[0].axes[0])[0][0] == [1, 2, 3, 4] and not opened
-    files.save_lines(run / "metrics.jsonl", rows)
-    assert len(figures.draw_run(run)) == 3 and len(opened) == 3 * 2
-
-
-def test_where_people_judge_there_is_no_score_to_draw(run, drawn):
-    config = files.read_json(run / "config.json")
-    config["initial"] = {"eval_score": None, "watched": None}
-    files.save_json(run / "config.json", config)
-    no_score = {"score": None, "score_sem": None, "eval_score": None, "watched": None}
-    rows = [row | no_score for row in files.read_lines(run / "metrics.jsonl")]
-    files.save_lines(run / "metrics.jsonl", rows)
     figures.draw_run(run)
-    share, kl = drawn[0].axes
-    assert "share" in share.get_ylabel() and "KL" in kl.get_ylabel()
-
-
-def test_where_people_judge_their_answers_are_drawn(run, drawn):
-    rows = files.read_lines(run / "metrics.jsonl")
-    for row, accuracy, bad in zip(rows, (None, 0.75, 0.5), (0.5, 0.25, 0.0), strict=True):
-        row |= {"accuracy": accuracy, "bad_share": bad, "eval_win_rate": None}
-    files.save_lines(run / "metrics.jsonl", rows)
-    config = files.read_json(run / "config.json")
-    config["initial"] = {"eval_score": None, "watched": None}
-    files.save_json(run / "config.json", config)
-    figures.draw_run(run)
-    accuracy, bad, chance = lines(drawn[0].axes[0])
-    assert accuracy == ([2, 3], [0.75, 0.5]) and bad == ([1, 2, 3], [0.5, 0.25, 0])
-    assert set(chance[1]) == {0.5}
-
-
-def test_no_figure_shows_a_model_that_was_not_drawn(run):
-    for file in run.glob("images/held_out_e00[23]_*"):
-        file.unlink()
-    assert [path.name for path in figures.draw_run(run)] == ["reward_curve.png"]
-    assert not (run / "progress.png").exists() and not (run / "before_after.png").exists()
+    assert [*drawn] == ["reward_curve.png"] and not opened
+    assert lines(drawn["reward_curve.png"].axes[0])[0][0] == [1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("harm", [Path.unlink, lambda file: file.write_bytes(b"")])
@@ -133,45 +149,29 @@ def test_an_evaluation_that_lost_an_image_is_left_out(run, drawn, harm, epoch):
     harm(figures.held_out_file(run, epoch, 1))
     figures.draw_run(run)
     if epoch == 0 or (epoch == 3 and harm is Path.unlink):
-        assert len(drawn) == 1  # there is nothing to compare with, or nothing new
+        assert [*drawn] == ["reward_curve.png"]  # nothing to compare with, or nothing new
         return
-    left = {2: "epoch 3", 3: "epoch 2"}[epoch]
-    assert [axis.get_ylabel() for axis in drawn[1].axes[::2]] == ["initial", left]
+    left = {2: "epoch 3\n1.00 kB", 3: "epoch 2\n1.50 kB"}[epoch]
+    assert row_names(drawn["progress.png"]) == ["before\n5.00 kB", left]
 
 
-def test_a_limit_of_the_kl_is_drawn_with_the_kl_that_it_limits(run, drawn):
-    config = files.read_json(run / "config.json") | {"max_kl": 40.0}
-    files.save_json(run / "config.json", config)
-    rows = files.read_lines(run / "metrics.jsonl")
-    rows = [
-        row | {"kl": None, "kl_trained": None, "score": None, "score_sem": None} for row in rows
-    ]
-    for row in rows:
-        row["eval_kl"] = 10.0 * row["epoch"] if row["eval_score"] is not None else None
-    files.save_lines(run / "metrics.jsonl", rows)  # as the images of a file leave them
-    figures.draw_run(run)
-    *_, held_out, limit = lines(drawn[0].axes[1])
-    assert held_out[0] == [0, 2, 3] and held_out[1][1:] == [20, 30] and limit[1] == [40, 40]
+def test_a_long_run_has_at_most_six_rows_evenly_apart():
+    def epochs(count: int) -> list[int]:
+        return [row["epoch"] for row in figures.evenly_apart([{"epoch": n} for n in range(count)])]
+
+    assert epochs(21) == [0, 4, 8, 12, 16, 20] and epochs(6) == [0, 1, 2, 3, 4, 5]
+    assert epochs(7) == [0, 2, 4, 6] and epochs(2) == [0, 1] and epochs(1) == [0]
+    for count in range(2, 60):
+        first, *others = epochs(count)
+        assert first == 0 and others[-1] == count - 1 and len(others) <= 5
+        assert len(set(np.diff(others))) <= 1
 
 
-def test_a_long_run_has_six_rows_evenly_apart(run, drawn, monkeypatch):
-    rows = [ROW | {"epoch": epoch, "eval_score": -1.0} for epoch in range(1, 21)]
-    files.save_lines(run / "metrics.jsonl", rows)
-    for epoch in range(1, 21):
-        picture(epoch).save(figures.held_out_file(run, epoch, 0))
-    for path in run.glob("images/*_1.png"):
-        path.unlink()
-    opened, read = [], figures.open_image
-    monkeypatch.setattr(figures, "open_image", lambda file: opened.append(file) or read(file))
-    figures.draw_run(run)
-    assert len(opened) == 6  # no others are read
-    names = [axis.get_ylabel() for axis in drawn[1].axes]
-    assert names == ["initial", *(f"epoch {epoch}" for epoch in (4, 8, 12, 16, 20))]
-
-
-def test_pairs_of_many_images_are_the_first_sixteen(tmp_path, drawn):
-    path = figures.draw_pairs([picture(0)] * 20, [picture(255)] * 20, tmp_path / "pairs.png")
-    assert len(drawn[0].axes) == 32
-    assert [axis.get_ylabel() for axis in drawn[0].axes[::16]] == ["initial", "tuned"]
-    image = np.asarray(Image.open(path))
-    assert image.shape[1] > 4 * image.shape[0]
+def test_pairs_are_the_first_sixteen_in_two_times_two_rows(tmp_path, drawn):
+    before, after = ([picture(start + n) for n in range(20)] for start in (0, 100))
+    figures.draw_pairs(before, after, tmp_path / "pairs.png")
+    assert row_names(drawn["pairs.png"]) == ["before", "after"] * 2
+    first, tuned, second, _ = greys(drawn["pairs.png"])
+    assert (first, tuned, second) == ([*range(8)], [*range(100, 108)], [*range(8, 16)])
+    figures.draw_pairs(before[:3], after[:3], tmp_path / "pairs.png")
+    assert greys(drawn["pairs.png"]) == [[0, 1, 2], [100, 101, 102]]

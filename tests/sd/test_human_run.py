@@ -20,6 +20,7 @@ from test_annotate import (
     AS_JSON,
     WAIT,
     Page,
+    browser,  # noqa: F401, a fixture
     free_port,
     is_serving,
     open_questions,
@@ -361,14 +362,14 @@ def test_a_blind_test_shows_no_name_and_counts_wins(tiny, start, tmp_path):
 
 
 @pytest.mark.slow
-def test_chromium_labels_an_epoch_and_the_next_one_appears(start, tmp_path):
+def test_chromium_labels_an_epoch_and_the_next_one_appears(browser, start, tmp_path):  # noqa: F811
     """The emoji model; killed in the first epoch."""
     out = tmp_path / "run"
     page = Page(out, free_port())
     model = ROOT / "toy" / "emoji_sd"
     process = start([*new_run(model, out, "--objective human"), "--port", str(page.port)])
     until(lambda: is_serving(page))
-    with open_tab(page.url) as tab:
+    with open_tab(browser, page.url) as tab:
 
         def wait_for(left):
             script = "state.questions.filter(q => !q.answered).length"

@@ -77,11 +77,9 @@ def test_earlier_epochs_are_passed_over_and_a_line_cut_short_is_dropped(tmp_path
 BAD_LINES = {
     "not JSON": ("{'epoch': 3}", "not JSON"),
     "empty": ("", "not JSON"),
-    "binary": ("\udcff", "not JSON"),
     "too deep": ("[" * 100_000, "not JSON"),
     "no object": ("[1, 2]", "object"),
     "no epoch": ({"epoch": ...}, "'epoch' is missing"),
-    "no prompt": ({"prompt": ...}, "'prompt' is missing"),
     "no images": ({"images": ...}, "'images' is missing"),
     "no h": ({"h": ...}, "'h' is missing"),
     "epoch as text": ({"epoch": "3"}, "'epoch' is '3'"),
@@ -90,15 +88,11 @@ BAD_LINES = {
     "another prompt": ({"prompt": "a dog"}, "'a dog'"),
     "an unknown image": ({"images": ["images/a.png", "images/z.png"]}, "images/z.png"),
     "one image twice": ({"images": ["images/a.png", "images/a.png"]}, "asks nothing"),
-    "three of two": ({"images": PAIR["images"] + ["images/a.png"]}, "asks nothing"),
-    "images as numbers": ({"images": [0, 1]}, "asks nothing"),
     "lists for images": ({"images": [[], []]}, "asks nothing"),
     "h 2": ({"h": 2}, "'h' is 2"),
     "h true": ({"h": True}, "'h' is True"),
     "h 1.0": ({"h": 1.0}, "'h' is 1.0"),
-    "h as text": ({"h": "1"}, "'h' is '1'"),
     "h NaN": ({"h": math.nan}, "'h' is nan"),
-    "h list": ({"h": [1]}, "'h' is"),
     "annotator 5": ({"annotator": 5, "h": 1}, "'annotator' is 5"),
 }
 
@@ -148,44 +142,6 @@ def test_any_whole_file_is_read_back(tmp_path_factory, lines, cut):
     text += json.dumps(PAIR)[:cut]
     found = read(tmp_path_factory.getbasetemp(), text, PAIR)
     assert found == {tuple(PAIR["images"]): expected}
-
-
-JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner),
-    max_leaves=8,
-)
-
-
-@examples
-@given(
-    change=st.dictionaries(st.sampled_from(["epoch", "prompt", "images", "h", "annotator"]), JSON)
-)
-def test_any_json_is_a_label_or_a_label_error(tmp_path_factory, change):
-    text = json.dumps(PAIR | {"h": 1} | change) + "\n"
-    try:
-        ((answer),) = read(tmp_path_factory.getbasetemp(), text, PAIR)[
-            tuple(PAIR["images"])
-        ].values()
-    except UserError as error:
-        assert "labels.jsonl, line 1: " in str(error)
-    except ValueError as error:  # no answer: an earlier epoch
-        assert "unpack" in str(error) and change["epoch"] < 3
-    else:
-        assert answer in (1, 0, -1, None)
-
-
-@examples
-@given(noise=st.binary(max_size=60))
-def test_any_bytes_are_refused_or_cut_short(tmp_path_factory, noise):
-    file = tmp_path_factory.getbasetemp() / "noise.jsonl"
-    file.write_bytes(noise)
-    if b"\n" in noise:
-        with pytest.raises(UserError, match="noise.jsonl, line 1: "):
-            labels.read_labels(file, [PAIR])
-    else:
-        assert labels.read_labels(file, [PAIR]) == {tuple(PAIR["images"]): {}}
-        assert labels.whole_lines(file) == b""
 
 
 # Several people

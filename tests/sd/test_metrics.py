@@ -11,33 +11,20 @@ from sd.metrics import EvalResult
 
 
 def test_preference_metrics_in_numbers():
+    """All pairs of all batches count alike, and a tie is no hit."""
     log_ratio = torch.tensor([[0.5, -3.0, 1.0], [0.5, 0.0, 1.0], [9.0, 0.0, 0.0]])  # T, B
-    batch = metrics.log_ratios(log_ratio, torch.tensor([[0, 1], [0, 2]]), trained_steps=2)
-    found = metrics.preference_metrics([batch], beta=0.1)
-    assert found["accuracy"] == 0.5
-    assert found["margin"] == pytest.approx(0.1 * (4 - 1) / 2)
-    assert found["log_ratio_winners"] == 1
-    assert found["log_ratio_losers"] == pytest.approx(-0.5)
-
-
-def test_without_pairs_there_is_no_metric():
-    batch = metrics.log_ratios(torch.zeros(2, 3), torch.zeros(0, 2).long(), trained_steps=2)
-    for batches in ([], [batch]):
+    pairs = torch.tensor([[0, 1], [0, 2], [1, 1]])
+    batch = metrics.log_ratios(log_ratio, pairs, trained_steps=2)
+    other = metrics.LogRatios([2.0], [0.0], [], [])
+    assert metrics.preference_metrics([batch, other], beta=0.1) == {
+        "accuracy": 0.5,
+        "margin": pytest.approx(0.1 * (4 - 1 + 0 + 2) / 4),
+        "log_ratio_winners": pytest.approx((1 + 1 - 3 + 2) / 4),
+        "log_ratio_losers": pytest.approx((-3 + 2 - 3 + 0) / 4),
+    }
+    no_pair = metrics.log_ratios(torch.zeros(2, 3), torch.zeros(0, 2).long(), trained_steps=2)
+    for batches in ([], [no_pair]):
         assert set(metrics.preference_metrics(batches, beta=0.1).values()) == {None}
-
-
-def test_all_pairs_of_all_batches_count_alike():
-    one = metrics.LogRatios([1.0, 2.0, 3.0], [0.0, 0.0, 0.0], [], [])
-    other = metrics.LogRatios([-2.0], [2.0], [], [])
-    found = metrics.preference_metrics([one, other], beta=0.5)
-    assert found["accuracy"] == 0.75 and found["margin"] == 0.5 * (6 - 4) / 4
-    assert found["log_ratio_winners"] == 1 and found["log_ratio_losers"] == 0.5
-
-
-def test_a_winner_that_is_not_above_the_loser_is_no_hit():
-    batch = metrics.log_ratios(torch.zeros(1, 2), torch.tensor([[0, 1]]), trained_steps=1)
-    found = metrics.preference_metrics([batch], beta=1)
-    assert found["accuracy"] == 0
 
 
 def test_the_kl_is_a_mean_of_sums_over_the_steps():
@@ -52,17 +39,14 @@ def test_the_kl_is_a_mean_of_sums_over_the_steps():
 def test_the_mean_score_counts_every_image_once():
     pairs = itertools.combinations({"a": 1, "b": 2, "c": 6}.items(), 2)
     rows = [{"images": [a, b], "scores": [s, t]} for (a, s), (b, t) in pairs]
-    found = metrics.mean_score(rows)
-    assert found["score"] == 3
-    assert found["score_sem"] == pytest.approx(np.std([1, 2, 6], ddof=1) / 3**0.5)
+    result = metrics.mean_score(rows)
+    assert result["score"] == 3
+    assert result["score_sem"] == pytest.approx(np.std([1, 2, 6], ddof=1) / 3**0.5)
 
 
 def test_the_mean_score_is_that_of_the_first_scorer():
     rows = [{"images": ["a", "b"], "scores": [[1.0, 7.0], [3.0, 9.0]]}]
     assert metrics.mean_score(rows) == {"score": 2.0, "score_sem": pytest.approx(1.0)}
-
-
-def test_the_standard_error_of_one_score_is_zero():
     assert metrics.mean_and_error(torch.tensor([3.0])) == (3, 0)
 
 
@@ -75,28 +59,26 @@ NO_SCORER = EvalResult([], [], torch.empty(0, 4), 0.25)
 
 def test_the_win_rate_has_wilsons_interval():
     tuned, initial = scored([1.0] * 8 + [0.0] * 2, 0.9), scored([0.0] * 8 + [1.0] * 2)
-    found = metrics.win_rate_vs_reference(tuned, initial)
-    assert found["pairs"] == 10 and found["win_rate"] == pytest.approx(0.8)
+    result = metrics.win_rate_vs_reference(tuned, initial)
+    assert result["pairs"] == 10 and result["win_rate"] == pytest.approx(0.8)
     interval = [0.4902, 0.9433]  # as tables have it for 8 of 10
-    assert found["win_rate_interval"] == pytest.approx(interval, abs=1e-4)
+    assert result["win_rate_interval"] == pytest.approx(interval, abs=1e-4)
     sem = pytest.approx(0.1333, abs=1e-4)
-    assert found["initial"] == {"score": 0.2, "score_sem": sem, "watched": None}
-    assert found["tuned"] == {"score": 0.8, "score_sem": sem, "watched": 0.9}
+    assert result["initial"] == {"score": 0.2, "score_sem": sem, "watched": None}
+    assert result["tuned"] == {"score": 0.8, "score_sem": sem, "watched": 0.9}
 
 
-@pytest.mark.parametrize(
-    "h, share, ends",
-    [([1] * 10, 1, [0.7225, 1]), ([-1] * 10, 0, [0, 0.2775]), ([0] * 10, 0.5, [0.2366, 0.7634])],
-)
-def test_the_interval_stays_inside_0_and_1_and_ties_count_half(h, share, ends):
-    found = metrics.win_rate(torch.tensor(h))
-    assert found["win_rate"] == share
-    assert found["win_rate_interval"] == pytest.approx(ends, abs=1e-4)
+def test_the_interval_stays_inside_0_and_1_and_ties_count_half():
+    for h, share, ends in ((1, 1, [0.7225, 1]), (-1, 0, [0, 0.2775]), (0, 0.5, [0.2366, 0.7634])):
+        result = metrics.win_rate(torch.tensor([h] * 10))
+        assert result["win_rate"] == share
+        assert result["win_rate_interval"] == pytest.approx(ends, abs=1e-4)
 
 
 def test_an_evaluation_in_metrics_jsonl():
     now, initial = scored([1.0, 3.0], 0.5)._replace(kl=3.5), scored([0.0, 4.0])
-    row = {"eval_score": 2.0, "eval_win_rate": 0.5, "watched": 0.5, "eval_kl": 3.5}
+    row = {"eval_score": 2.0, "eval_win_rate": 0.5, "eval_pairs": 2}
+    row |= {"watched": 0.5, "eval_kl": 3.5}
     assert metrics.eval_row(now, initial) == row
     assert set(metrics.eval_row(None, initial).values()) == {None}
     assert metrics.eval_row(NO_SCORER, NO_SCORER) == dict.fromkeys(row) | {"watched": 0.25}
@@ -125,63 +107,65 @@ ROW = {
     "seconds_sample": 1.0,
     "seconds_train": 2.0,
 }
-LINES = [
-    ({}, ["epoch 3/9", "score -2.000 ± 0.100", "accuracy 75%", "winners +1.50, losers -0.50"]),
-    ({}, ["KL 12.0, of it 9.0 in the steps trained", "1 + 2 s"]),
-    ({"eval_score": -1.0, "eval_win_rate": 0.9}, ["held out -1.000 (initial -2.500)", "rate 90%"]),
-    ({"eval_kl": 4.25}, ["KL of the held-out images 4.2"]),
-    ({"watched": 0.8}, ["watched 0.800 (initial 0.500)"]),
-    ({"log_ratio_winners": -0.1}, ["WARNING: winners lose probability", "--beta"]),
-    ({"kl_trained": metrics.KL_LIMIT + 1.0}, ["WARNING: KL", "progress.png"]),
-    ({"eval_kl": metrics.KL_LIMIT + 1.0}, ["WARNING: KL", "progress.png"]),
-    ({"watched": 0.44}, ["WARNING: the watched score fell from 0.5 to 0.44"]),
-    ({"watched": 0.46}, ["watched 0.460 (initial 0.500)"]),
+EVALUATED = {"eval_score": -1.0, "eval_win_rate": 0.9}
+LINES = [  # what differs from ROW, and sentences of the line
+    ({}, ["Epoch 3 of 9.", "New images: JPEG size 2.00 kB.", "Agreed with 75 % of the labels"]),
+    ({}, ["1 s of sampling, 2 s of training."]),
+    (EVALUATED, ["Held-out images: JPEG size 1.00 kB (before: 2.50 kB), 90 % preferred."]),
+    ({"eval_kl": 4.25}, ["The KL to the initial model is 4.2 of at most 30 nats."]),
+    (
+        {"watched": 0.8},
+        ["A separate classifier recognises 80.0 % of the animals (before: 50.0 %)."],
+    ),
+    ({"log_ratio_winners": -0.1}, ["WARNING: the preferred images become less likely", "--beta"]),
+    ({"kl_trained": metrics.KL_LIMIT + 1.0}, ["WARNING: the KL", "progress.png"]),
+    ({"eval_kl": metrics.KL_LIMIT + 1.0}, ["WARNING: the KL", "progress.png"]),
+    ({"eval_kl": 1.0, "kl_trained": metrics.KL_LIMIT + 1.0}, ["KL to the initial model is 1.0 of"]),
+    ({"watched": 0.44}, ["WARNING: what --watch measures fell from 0.5 to 0.44"]),
+    ({"watched": 0.46}, ["46.0 % of the animals (before: 50.0 %)"]),
     ({"skipped": 2}, ["2 updates skipped"]),
-    ({"unscored": 3}, ["3 images without a score, in no label"]),
+    ({"unscored": 3}, ["3 images have no score and are in no label"]),
     ({"preferences": 0}, ["WARNING: no label says which image is better"]),
-    ({"score": None, "score_sem": None, "unscored": 8}, ["epoch 3/9; 8 images without a score"]),
+    ({"score": None, "unscored": 8}, ["Epoch 3 of 9. Agreed", "8 images have no score"]),
+    ({"accuracy": None, "log_ratio_winners": None, "loss": None}, ["2.00 kB. 1 s of sampling"]),
 ]
 
 
-def told(row: dict, *earlier: dict) -> dict:
-    return {"warnings": metrics.warnings(row, {"watched": 0.5}, list(earlier))}
+def warnings_of(row: dict, *earlier: dict) -> list[str]:
+    return metrics.warnings(row, {"watched": 0.5}, list(earlier))
+
+
+def line_of(row: dict, initial: dict | None = None, **settings) -> str:
+    watch = "toy/emoji_sd/classifier.py:recognised"
+    settings = {"objective": "compressibility", "watch": watch, "max_kl": 30.0} | settings
+    initial = initial or {"eval_score": -2.5, "watched": 0.5}
+    return metrics.format_metrics({"warnings": []} | row, 9, initial, **settings)
 
 
 @pytest.mark.parametrize("change, parts", LINES)
 def test_an_epochs_line_has_its_numbers_and_warnings(change, parts):
-    row, initial = ROW | change, {"eval_score": -2.5, "watched": 0.5}
-    line = metrics.format_metrics(row | told(row), 9, initial)
-    assert all(part in line for part in parts) and "\n" not in line
+    row = ROW | change
+    line = line_of(row | {"warnings": warnings_of(row)})
+    assert all(part in line for part in parts) and "\n" not in line and "None" not in line
     assert line.count("WARNING") == sum("WARNING" in part for part in parts)
+    assert "-" not in line.replace("Held-out", "").partition("WARNING")[0]  # minus kB
 
 
-def test_an_epoch_that_people_labelled_has_no_score():
+def test_the_kl_of_a_line_is_the_one_that_is_limited():
+    """Without a limit that of new images, which a pass over a file does not have."""
+    assert "KL" not in line_of(ROW)  # its held-out images were not evaluated
+    line = line_of(ROW | {"eval_kl": 4.25}, max_kl=None)
+    assert "The KL to the initial model is 9.0 nats, of new images in the steps trained." in line
+    assert "KL" not in line_of(ROW | {"kl": None, "kl_trained": None}, max_kl=None)
+
+
+def test_a_round_that_people_labelled_has_no_score():
     no_score = {"score": None, "score_sem": None}
     assert metrics.mean_score([{"images": ["a", "b"], "scores": None, "h": 1}]) == no_score
     assert metrics.mean_score([]) == no_score  # a pass over the labels of a file
-    initial = {"eval_score": None, "watched": 0.5}
-    line = metrics.format_metrics(ROW | no_score | {"watched": 0.8, "warnings": []}, 9, initial)
-    assert line.startswith("epoch 3/9; watched 0.800 (initial 0.500); accuracy")
-
-
-def test_a_pass_over_the_labels_of_a_file_has_no_kl_of_its_own():
-    row = ROW | {"score": None, "kl": None, "kl_trained": None, "warnings": []}
-    assert "KL" not in metrics.format_metrics(row, 9, {})
-
-
-def test_a_score_is_shown_where_the_initial_model_had_none():
-    row, initial = ROW | {"eval_score": -1.0, "watched": 0.5}, {"eval_score": None, "watched": None}
-    row["warnings"] = metrics.warnings(row, initial, [])
-    line = metrics.format_metrics(row, 9, initial)
-    assert "held out -1.000 (initial has none); watched 0.500 (initial has none)" in line
-    assert "win rate" not in line
-
-
-def test_an_epoch_of_ties_has_a_line_with_one_warning():
-    ties = dict.fromkeys(("accuracy", "margin", "log_ratio_winners", "log_ratio_losers", "loss"))
-    row = ROW | ties | {"preferences": 0}
-    line = metrics.format_metrics(row | told(row), 9, {})
-    assert line.count("WARNING") == 1 and "accuracy" not in line
+    initial = {"eval_score": None, "watched": None}
+    line = line_of(ROW | no_score | {"watched": 0.8}, initial, objective="human", watch="a.py:my_f")
+    assert line.startswith("Round 3 of 9. My f 0.8. Agreed with 75 % of the labels")
 
 
 # Images without a score, and labels without a preference
@@ -201,12 +185,9 @@ def test_scores_that_are_missing_are_in_no_mean():
     none = [{"images": ["a", "b"], "scores": [None, None], "h": None}]
     assert metrics.mean_score(none) == {"score": None, "score_sem": None}
     assert metrics.label_counts(none) == {"preferences": 0, "unscored": 2, "bad_share": None}
-
-
-def test_an_image_has_no_score_where_one_of_several_scorers_gave_none():
-    rows = [{"images": ["a", "b"], "scores": [[1.0, None], [3.0, 9.0]], "h": None}]
-    assert metrics.mean_score(rows)["score"] == 2
-    assert metrics.label_counts(rows) == {"preferences": 0, "unscored": 1, "bad_share": None}
+    of_two_scorers = [{"images": ["a", "b"], "scores": [[1.0, None], [3.0, 9.0]], "h": None}]
+    assert metrics.mean_score(of_two_scorers)["score"] == 2
+    assert metrics.label_counts(of_two_scorers)["unscored"] == 1
 
 
 def test_labels_of_people_and_of_files_are_counted():
@@ -221,41 +202,25 @@ def test_labels_of_people_and_of_files_are_counted():
 
 def test_the_win_rate_is_that_of_images_with_a_score():
     tuned, initial = scored([2.0, NAN, 0.0, 4.0], NAN), scored([1.0, 1.0, NAN, 5.0])
-    found = metrics.win_rate_vs_reference(tuned, initial)
-    assert (found["pairs"], found["unscored"], found["win_rate"]) == (2, 2, 0.5)
-    assert (found["tuned"]["score"], found["initial"]["score"]) == (2, pytest.approx(7 / 3))
+    result = metrics.win_rate_vs_reference(tuned, initial)
+    assert (result["pairs"], result["unscored"], result["win_rate"]) == (2, 2, 0.5)
+    assert (result["tuned"]["score"], result["initial"]["score"]) == (2, pytest.approx(7 / 3))
     nothing = metrics.win_rate_vs_reference(tuned, scored([NAN] * 4))
     assert nothing["win_rate"] is None and nothing["pairs"] == 0
     assert nothing["initial"]["score"] is nothing["initial"]["score_sem"] is None
     assert metrics.eval_row(scored([NAN] * 4), initial)["eval_win_rate"] is None
 
 
-@pytest.mark.parametrize(
-    "preferences, stops",
-    [
-        ([0, 0, 0], True),
-        ([4, 0, 0, 0], True),
-        ([0, 0], False),
-        ([0, 0, 1], False),
-        ([0, 1, 0, 0], False),
-        ([None, 0, 0], False),  # of labels that were there already
-        ([None] * 3, False),
-        ([], False),
-    ],
-)
-def test_three_epochs_in_a_row_without_a_preference_end_a_run(tmp_path, preferences, stops):
-    rows = [{"epoch": n, "preferences": count} for n, count in enumerate(preferences, 1)]
-    files.append(tmp_path / "metrics.jsonl", rows)
-    sentence = metrics.nothing_to_learn(tmp_path)
-    assert bool(sentence) == stops
-    if stops:
-        assert f"epochs {len(rows) - 2} to {len(rows)} says which" in sentence
-        assert "another --objective" in sentence and "\n" not in sentence
+def test_three_epochs_in_a_row_without_a_preference_end_a_run(tmp_path):
+    def sentence(*preferences: int | None) -> str | None:
+        rows = [{"epoch": n, "preferences": count} for n, count in enumerate(preferences, 1)]
+        files.save_lines(tmp_path / "metrics.jsonl", rows)
+        return metrics.nothing_to_learn(tmp_path)
 
-
-def test_rows_of_an_earlier_version_do_not_end_a_run(tmp_path):
-    files.append(tmp_path / "metrics.jsonl", [{"epoch": n} for n in range(1, 5)])
-    assert metrics.nothing_to_learn(tmp_path) is None
+    assert sentence(0, 0, 0) and "epochs 2 to 4 says which" in sentence(4, 0, 0, 0)
+    assert "another --objective" in sentence(0, 0, 0) and "\n" not in sentence(0, 0, 0)
+    assert not (sentence() or sentence(0, 0) or sentence(0, 0, 1) or sentence(0, 1, 0, 0))
+    assert not (sentence(None, 0, 0) or sentence(None, None, None))  # of labels of a file
 
 
 CHANCE = [  # accuracy, labels, epochs, last win rate, warns
@@ -275,19 +240,12 @@ def test_accuracy_at_chance_after_many_labels_is_a_warning(accuracy, labels, epo
     ]
     rows[-3]["eval_win_rate"] = won
     (*earlier, row) = rows
-    found = told(row, *earlier)["warnings"]
-    assert any("accuracy at chance" in warning for warning in found) == warns
+    assert any("no better than chance" in text for text in warnings_of(row, *earlier)) == warns
     rows[-2]["accuracy"] = None  # an epoch of ties
-    assert not told(row, *earlier)["warnings"]
+    assert not warnings_of(row, *earlier)
 
 
 def test_a_fall_is_measured_on_a_score_of_either_sign():
     for before, now, falls in ((-2.0, -2.3, True), (-2.0, -2.1, False), (-2.0, -1.0, False)):
-        found = metrics.warnings(ROW | {"watched": now}, {"watched": before}, [])
-        assert bool(found) == falls
-
-
-def test_the_share_of_bad_images_is_that_of_all_tags():
-    rows = [{"bad": [True, False, False]}, {"bad": [True, True, False]}, {"bad": None}, {"h": 1}]
-    assert metrics.bad_share(rows) == 0.5
-    assert metrics.bad_share([{"h": 1}]) is metrics.bad_share([]) is None
+        row = ROW | {"watched": now}
+        assert bool(metrics.warnings(row, {"watched": before}, [])) == falls

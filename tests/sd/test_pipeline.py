@@ -13,9 +13,10 @@ from sd_helpers import FLAGS, PROMPTS, Loaded, read_rows, run, same_images
 from tiny_pipelines import FAMILIES, SIZE_FLAGS, make
 
 import d3po
+from sd import UserError
 from sd import model as sd_model
 from sd.files import LORA_FILE, ROOT
-from sd.pipeline import NETWORKS, decode, encode
+from sd.pipeline import NETWORKS, decode, encode, load_pipeline
 
 FAMILY = pytest.mark.parametrize("family", FAMILIES)
 TRAINING_FLAGS = {"sdxl": "--precision bf16", "flux": "--gradient-checkpointing"}
@@ -187,6 +188,34 @@ def test_the_lora_comes_back_whole(family, folder_of, tmp_path):
     assert len(saved) >= 12
     for name, weight in again.items():
         assert torch.equal(weight, saved[name.replace(".default_0", "")]), name
+
+
+@FAMILY
+def test_a_loaded_pipeline_trains_twice_and_comes_back_as_it_was(family, folder_of):
+    pipe, folder = make(family), folder_of(family)
+
+    def draw():
+        size = {"height": 32, "width": 32}
+        noise = torch.Generator().manual_seed(0)
+        return pipe(PROMPTS[0], num_inference_steps=2, generator=noise, **size).images
+
+    before, log_probs = draw(), []
+    for _ in range(2):
+        loaded = load(folder, family, "--gradient-checkpointing", model=pipe)
+        batch = loaded.sample((0,), 2)
+        log_probs.append(loaded.log_prob(batch))
+        loaded.update(batch, [[0, 1]])
+        assert loaded.model.network.is_gradient_checkpointing
+        assert not torch.equal(loaded.log_prob(batch), log_probs[-1])
+        with pytest.raises(UserError, match="has a LoRA that is not fused"):
+            load_pipeline(pipe, "fp32")
+        loaded.model.release()
+    assert torch.equal(*log_probs) and same_images(draw(), before, 0)
+    network, fresh = (getattr(one, NETWORKS[type(pipe)]) for one in (pipe, make(family)))
+    assert network.state_dict().keys() == fresh.state_dict().keys()
+    assert type(pipe.scheduler) is type(make(family).scheduler)
+    assert not network.is_gradient_checkpointing
+    assert all(weight.requires_grad for weight in network.parameters())
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """Prompts: the paper's lists and files of one's own."""
 
+import gzip
 import json
 
 import pytest
@@ -41,6 +42,7 @@ FILES = {
     "p.csv": ["seed,prompt", '1,"a blue cat, asleep"', '2,a "cat"', "3, Kätzchen ", ",", ""],
     "P.CSV": ["Prompt", '"a blue cat, asleep"', '"a ""cat"""', "Kätzchen"],
     "p.tsv": ["Category\tPrompt", "x\ta blue cat, asleep", 'y\ta "cat"', "z\tKätzchen"],
+    "semicolons.csv": ["Seed;Prompt", "1;a blue cat, asleep", '2;"a ""cat"""', "3;Kätzchen"],
     "p.txt": ["a blue cat, asleep", "", ' a "cat"', "Kätzchen"],
     "p": ["a blue cat, asleep", 'a "cat"', "Kätzchen", "", ""],
 }
@@ -50,7 +52,17 @@ FILES = {
 @pytest.mark.parametrize("start", [b"", b"\xef\xbb\xbf"])
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
 def test_every_kind_of_file_is_read(tmp_path, name, start, end):
-    assert read(tmp_path, name, start + end.join(FILES[name]).encode()) == CATS
+    content = start + end.join(FILES[name]).encode()
+    assert read(tmp_path, name, content) == CATS
+    assert read(tmp_path, f"{name}.gz", gzip.compress(content)) == CATS
+
+
+def test_a_parquet_file_is_read(tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    table = pytest.importorskip("pyarrow").Table
+    rows = [{"jpg_0": b"x", "Caption": prompt} for prompt in CATS]
+    parquet.write_table(table.from_pylist(rows), tmp_path / "p.parquet")
+    assert load_prompts(str(tmp_path / "p.parquet")) == CATS
 
 
 def test_the_column_prompt_counts_before_caption_and_text(tmp_path):
@@ -75,9 +87,9 @@ def test_a_prompt_that_is_there_twice_is_drawn_twice_as_often(tmp_path):
 REFUSED = [
     ("p.txt", "", "p.txt: the file has no prompt"),
     ("p.txt", " \n\n", "the file has no prompt"),
-    ("p.txt", b"\xff\xfe\xfa", "line 1: this is not UTF-8; save it as UTF-8"),
+    ("p.txt", b"\xfa", "line 1: this is not UTF-8; save it as UTF-8"),
     ("p.txt", "a cat\nKätzchen".encode("latin-1"), "line 2: this is not UTF-8"),
-    ("p.txt", "a cat".encode("utf-16"), "this is not UTF-8"),
+    ("p.txt", "a cat".encode("utf-16"), "this is UTF-16; save it as UTF-8"),
     ("p.csv", "a cat".encode("utf-16-le"), "zero bytes"),
     ("p.txt", '{"prompt": "a cat"}\n', "line 1: this is JSON; name the file .json"),
     ("p.txt", '[\n{"prompt": "a cat"}\n]', "line 1: this is JSON"),
@@ -91,12 +103,11 @@ REFUSED = [
     ("p.json", "[]", "the file has no prompt"),
     ("p.csv", "prompt\n", "the file has no prompt"),
     ("p.csv", "a cat\na dog", "line 2: its columns are a cat; give one named prompt, caption"),
-    ("p.csv", "prompt;seed\na cat;1", "line 2: its columns are prompt;seed"),
     ("p.csv", "prompt\na cat, asleep", "line 2: the row has 2 cells"),
     ("p.csv", "prompt,seed\na cat,1\n,2", "line 3: the prompt is None"),
-    ("p.csv", "prompt,prompt\na cat,a dog", "line 2: a column is twice"),
-    ("p.tsv", 'prompt\n"a" cat', "line 2: this is no table"),
-    ("p.parquet", b"PAR1\x15\x04\x15\x80", "line 1: this is not UTF-8"),
+    ("p.csv", "prompt,prompt\na cat,a dog", "line 1: a column is twice"),
+    ("p.csv", 'prompt\n"a" cat', "line 2: this is no table"),
+    ("p.parquet", b"PAR1\x15\x04\x15\x80", "the file cannot be read (Parquet"),
 ]
 
 

@@ -17,6 +17,7 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from sd_helpers import make_pipeline
+from torch import nn
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
@@ -184,5 +185,8 @@ def make(family: str):
     for weight in network.parameters():
         if weight.ndim > 1 and weight.abs().max() == 0:
             weight.data.normal_(0, 0.2, generator=noise)
+    for part in pipe.components.values():
+        if isinstance(part, nn.Module):
+            part.eval()  # as a pipeline that is loaded
     pipe.set_progress_bar_config(disable=True)
     return pipe

@@ -84,3 +84,18 @@ def test_the_committed_comparison_is_the_one_this_code_makes():
         grid = (compare.STEP_SIZES[METHODS[name].update_every], METHODS[name].values)
         assert tried == {(lr, value) for lr in grid[0] for value in grid[1]}
         assert list(method["hyperparameter"]) == [METHODS[name].hyperparameter]
+
+
+def test_tables_are_replaced_and_the_text_around_them_stays(tmp_path):
+    page, mark = tmp_path / "page.md", "<!-- mark -->\n"
+    page.write_text(f"# By hand\n{mark}old\n{mark}between\n{mark}{mark}at the end\n")
+    for _ in range(2):
+        compare.write_tables(page, mark, ["| a |\n", "| b |\n"])
+        expected = ["# By hand\n", "\n| a |\n\n", "between\n", "\n| b |\n\n", "at the end\n"]
+        assert page.read_text().split(mark) == expected
+    with pytest.raises(ValueError):
+        compare.write_tables(page, mark, ["| a |\n"])
+    assert page.read_text().split(mark) == expected
+
+    compare.write_tables(tmp_path / "new.md", mark, ["| a |\n"])
+    assert (tmp_path / "new.md").read_text() == f"{mark}\n| a |\n\n{mark}"

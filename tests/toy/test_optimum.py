@@ -1,6 +1,11 @@
-"""The two optima against closed forms, nested Monte Carlo, brute force and gradient ascent."""
+"""The two optima against closed forms, nested Monte Carlo, brute force and gradient ascent.
+
+Grids have spacing 0.1, twice the spacing of a run: a quarter of the time, and four times the error,
+which `Optimum.error` states and every comparison allows for.
+"""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -15,6 +20,8 @@ ONE_STEP = d3po.Schedule(
     alpha_bar_prev=torch.tensor([0.9]),
     sigma=torch.tensor([0.4]),
 )
+GAUSSIAN = worlds.exact_denoiser(worlds.Mixture(torch.tensor([[0.6, -0.4]]), torch.ones(1), sd=0.5))
+solve = partial(optimum.solve, spacing=0.1)
 
 
 def seeded(seed):
@@ -28,11 +35,8 @@ def schedule(T):
 @pytest.fixture(scope="module", params=[1.0, 0.3], ids=["beta 1", "beta 0.3"])
 def problem(request):
     """(schedule, beta, optimum): get close to (2, 0) on the ring, in 10 steps."""
-    return (
-        schedule(10),
-        request.param,
-        optimum.solve(RING, schedule(10), worlds.reach, beta=request.param),
-    )
+    beta = request.param
+    return schedule(10), beta, solve(RING, schedule(10), worlds.reach, beta=beta)
 
 
 def mean_and_error(sample):
@@ -53,12 +57,10 @@ def objective(policy, sched, x_T, *, beta, seed):
 
 def test_values_are_those_of_nested_monte_carlo(problem):
     sched, beta, best = problem
-    outer, inner = 1500, 512
+    outer, inner = 500, 400
     x_T = torch.randn(outer, 2, generator=seeded(0))
-    r = worlds.reach(
-        d3po.rollout(RING, sched, x_T.repeat_interleave(inner, 0), generator=seeded(1)).x[-1]
-    )
-    r = r.double().view(outer, inner)
+    chains = d3po.rollout(RING, sched, x_T.repeat_interleave(inner, 0), generator=seeded(1))
+    r = worlds.reach(chains.x[-1]).double().view(outer, inner)
     v0 = optimum.interpolate(best.value[:1], best.axis, x_T)[0]
     weight = ((r - v0[:, None]) / beta).exp()  # of mean 1 in every row, if V_0 is right
 
@@ -71,8 +73,8 @@ def test_values_are_those_of_nested_monte_carlo(problem):
     assert abs(mean - best.j_star) < 3 * se + best.error
     mean, se = mean_and_error(nested - v0)  # the same noises: a much smaller standard error
     # the series behind the bias is cut after var / 2K; its next terms are of order
-    # E[weight^4] / K^2, here below 0.002
-    assert abs(mean) < 3 * se + best.error + 0.002 * beta
+    # E[weight^4] / K^2, here below 0.004
+    assert abs(mean) < 3 * se + best.error + 0.004 * beta
 
     mean, se = mean_and_error((weight * r).mean(1))
     assert abs(mean - best.score_star) < 3 * se + best.error
@@ -81,13 +83,49 @@ def test_values_are_those_of_nested_monte_carlo(problem):
     assert best.kl_star == pytest.approx((best.score_star - best.j_star) / beta)
 
 
-def test_the_tilt_of_every_step_is_normalised():
+def test_chains_of_the_optimal_means_attain_j_gauss_and_shifted_means_less(problem):
+    sched, beta, best = problem
+    x_T = torch.randn(20_000, 2, generator=seeded(4))
+    policy = optimum.gaussian_policy(RING, sched, best)
+    sampled = objective(policy, sched, x_T, beta=beta, seed=5)
+    for name, sample, unit in zip(("score", "kl", "j"), sampled, (1, beta, 1), strict=True):
+        mean, se = mean_and_error(sample)
+        assert abs(mean - best.numbers()[f"{name}_gauss"]) < 3 * se + best.error / unit
+    for factor in (0.7, 1.3):
+        shifted = best._replace(shift=best.shift * factor)
+        policy = optimum.gaussian_policy(RING, sched, shifted)
+        mean, se = mean_and_error(sampled[2] - objective(policy, sched, x_T, beta=beta, seed=5)[2])
+        assert mean > 3 * se
+
+
+def test_evaluate_knows_the_reference_the_best_means_and_what_chains_average_to(problem):
+    sched, _, best = problem
+    evaluate = partial(optimum.evaluate, spacing=0.1, score=worlds.reach)
+    assert evaluate(RING, RING, sched) == pytest.approx((best.j_ref, 0), abs=1e-9)
+    policy = optimum.gaussian_policy(RING, sched, best)
+    # the same recursion; only the float32 of the policy's noise prediction is new
+    expected = best.score_gauss, best.kl_gauss
+    assert evaluate(policy, RING, sched) == pytest.approx(expected, abs=1e-4)
+
+
+def test_evaluate_is_what_sampled_chains_average_to():
+    torch.manual_seed(0)
+    policy = ddpm.Adapter(RING, schedule(10), worlds.MIXTURES["ring"])
+    torch.nn.init.normal_(policy.correction.mlp[-1].weight, std=0.3)
+    exact = optimum.evaluate(policy, RING, schedule(10), score=worlds.reach, spacing=0.1)
+    x_T = torch.randn(20_000, 2, generator=seeded(8))
+    sampled = objective(policy, schedule(10), x_T, beta=1.0, seed=9)
+    for value, sample in zip(exact, sampled, strict=False):
+        mean, se = mean_and_error(sample)
+        assert abs(value - mean) < 3 * se + 0.012  # and the quadrature's own error at this spacing
+
+
+def test_the_tilt_of_every_step_is_normalised_and_its_samples_have_the_best_score():
     # beta 1: at 0.3 some states weigh a rare action by 10^4, and a standard error says nothing
-    sched, beta, states, draws = schedule(10), 1.0, 400, 500
-    best = optimum.solve(RING, sched, worlds.reach, beta=beta)
-    x = d3po.rollout(
-        RING, sched, torch.randn(states, 2, generator=seeded(2)), generator=seeded(3)
-    ).x
+    sched, beta, states, draws = schedule(5), 1.0, 300, 300
+    best = solve(RING, sched, worlds.reach, beta=beta)
+    x_T = torch.randn(states, 2, generator=seeded(2))
+    x = d3po.rollout(RING, sched, x_T, generator=seeded(3)).x
     for i, sigma in enumerate(sched.sigma):
         mean = d3po.policy_mean(RING, sched, i, x[i])[:, None]
         action = mean + sigma * torch.randn(states, draws, 2, generator=seeded(10 + i))
@@ -101,98 +139,33 @@ def test_the_tilt_of_every_step_is_normalised():
         average, se = mean_and_error(((then - now[:, None]) / beta).exp().mean(1))
         assert abs(average - 1) < 3 * se + best.error / beta, i
 
-
-def test_chains_of_the_optimal_means_attain_j_gauss(problem):
-    sched, beta, best = problem
-    policy = optimum.gaussian_policy(RING, sched, best)
-    x_T = torch.randn(40_000, 2, generator=seeded(4))
-    sampled = objective(policy, sched, x_T, beta=beta, seed=5)
-    for name, sample, unit in zip(("score", "kl", "j"), sampled, (1, beta, 1), strict=True):
-        mean, se = mean_and_error(sample)
-        assert abs(mean - best.numbers()[f"{name}_gauss"]) < 3 * se + best.error / unit
-
-
-def test_evaluate_knows_the_reference_and_the_best_means(problem):
-    sched, _, best = problem
-    assert optimum.evaluate(RING, RING, sched, score=worlds.reach) == pytest.approx(
-        (best.j_ref, 0), abs=1e-9
-    )
-    policy = optimum.gaussian_policy(RING, sched, best)
-    # the same recursion; only the float32 of the policy's noise prediction is new
-    expected = best.score_gauss, best.kl_gauss
-    assert optimum.evaluate(policy, RING, sched, score=worlds.reach) == pytest.approx(
-        expected, abs=1e-4
-    )
-
-
-def test_evaluate_is_what_sampled_chains_average_to():
-    torch.manual_seed(0)
-    policy = ddpm.Adapter(RING, schedule(10), worlds.MIXTURES["ring"])
-    torch.nn.init.normal_(policy.correction.mlp[-1].weight, std=0.3)
-    exact = optimum.evaluate(policy, RING, schedule(10), score=worlds.reach)
-    x_T = torch.randn(40_000, 2, generator=seeded(8))
-    sampled = objective(policy, schedule(10), x_T, beta=1.0, seed=9)
-    for value, sample in zip(exact, sampled, strict=False):
-        mean, se = mean_and_error(sample)
-        assert abs(value - mean) < 3 * se + 0.003  # and the quadrature's own error at this spacing
-
-
-@pytest.mark.parametrize("factor", [0.7, 1.3])
-def test_shifting_the_optimal_means_costs(problem, factor):
-    sched, beta, best = problem
-    x_T = torch.randn(20_000, 2, generator=seeded(6))
-    tables = best, best._replace(shift=best.shift * factor)
-    policies = [optimum.gaussian_policy(RING, sched, table) for table in tables]
-    j, j_shifted = (objective(p, sched, x_T, beta=beta, seed=7)[2] for p in policies)
-    mean, se = mean_and_error(j - j_shifted)  # the same noises
-    assert mean > 3 * se
-
-
-def test_samples_of_the_best_policy_have_its_score():
-    sched = schedule(5)
-    best = optimum.solve(RING, sched, worlds.reach, beta=1.0)
-    x_T = torch.randn(6000, 2, generator=seeded(8))
-    x = optimum.sample_optimum(
-        RING,
-        sched,
-        worlds.reach,
-        beta=1.0,
-        optimum=best,
-        x_T=x_T,
-        proposals=128,
-        generator=seeded(9),
-    )
-    assert x.shape == (6, 6000, 2) and torch.equal(x[0], x_T)
+    x_T = torch.randn(2000, 2, generator=seeded(8))
+    options = {"beta": beta, "optimum": best, "x_T": x_T, "generator": seeded(9)}
+    x = optimum.sample_optimum(RING, sched, worlds.reach, **options)
+    assert x.shape == (6, 2000, 2) and torch.equal(x[0], x_T)
     mean, se = mean_and_error(worlds.reach(x[-1]))
-    # bias of 128 proposals: below 0.005, from runs of 40,000 chains with 64 and 256
-    assert abs(mean - best.score_star) < 3 * se + 0.005 + best.error
+    # bias of 64 proposals: below 0.006
+    assert abs(mean - best.score_star) < 3 * se + 0.006 + best.error
 
 
 # Closed forms
 
 
-def linear_problem(sched, mixture, beta):
-    """One Gaussian as data and a linear score: every mean is a_i x + b_i, every V_i linear in x."""
-    one = torch.tensor([[0.0, 0.0], [1.0, 1.0]], dtype=torch.float64)
-    denoiser = worlds.exact_denoiser(mixture)
-    w, constant, gain = torch.full((2,), 1 / math.sqrt(2), dtype=torch.float64), 0.0, 0.0
-    slopes = []
-    for i in reversed(range(len(sched.sigma))):
-        slopes.append(w)
-        b, a_plus_b = d3po.policy_mean(denoiser, sched, i, one)
-        gain += (sched.sigma[i] ** 2 * (w @ w) / (2 * beta)).item()
-        constant += (w @ b).item()
-        w = w * (a_plus_b - b)
-    return constant, gain, slopes[::-1]
-
-
-@pytest.mark.parametrize("sched", [ONE_STEP, schedule(12)], ids=["T 1", "T 12"])
+@pytest.mark.parametrize("sched", [ONE_STEP, schedule(4)], ids=["T 1", "T 4"])
 @pytest.mark.parametrize("beta", [1.0, 0.25])
 def test_a_linear_score_on_one_gaussian_has_a_closed_form(sched, beta):
-    mixture = worlds.Mixture(torch.tensor([[0.6, -0.4]]), torch.ones(1), 0.5)
-    reference = worlds.exact_denoiser(mixture)
-    j_ref, gain, slopes = linear_problem(sched, mixture, beta)
-    best = optimum.solve(reference, sched, worlds.direction, beta=beta, spacing=0.1)
+    """Every mean is a_i x + b_i and every V_i is linear in x."""
+    one = torch.tensor([[0.0, 0.0], [1.0, 1.0]], dtype=torch.float64)
+    w, j_ref, gain = torch.full((2,), 1 / math.sqrt(2), dtype=torch.float64), 0.0, 0.0
+    slopes = []
+    for i in reversed(range(len(sched.sigma))):
+        slopes.insert(0, w)
+        b, a_plus_b = d3po.policy_mean(GAUSSIAN, sched, i, one)
+        gain += (sched.sigma[i] ** 2 * (w @ w) / (2 * beta)).item()
+        j_ref += (w @ b).item()
+        w = w * (a_plus_b - b)
+
+    best = solve(GAUSSIAN, sched, worlds.direction, beta=beta)
     # The best policy is Gaussian here:
     #     E exp(w.a / beta) = exp(w.mu / beta + sigma^2 |w|^2 / (2 beta^2))
     # 5e-4: the cubic through exp(V / beta), whose relative error is (spacing / beta)^4 / 100 a step
@@ -206,9 +179,8 @@ def test_a_linear_score_on_one_gaussian_has_a_closed_form(sched, beta):
     assert best.kl_star == pytest.approx(gain / beta, abs=5e-4 / beta)
 
     middle = len(best.axis) // 2
-    for i, w in enumerate(
-        slopes
-    ):  # pi* = N(mu + sigma^2 w / beta, sigma^2 I); float32 means limit it to 1e-5
+    for i, w in enumerate(slopes):
+        # pi* = N(mu + sigma^2 w / beta, sigma^2 I); float32 means limit it to 1e-5
         expected = sched.sigma[i].double() ** 2 * w / beta
         torch.testing.assert_close(best.shift[i, :, middle, middle], expected, atol=1e-5, rtol=0)
 
@@ -216,20 +188,17 @@ def test_a_linear_score_on_one_gaussian_has_a_closed_form(sched, beta):
 @pytest.mark.parametrize("beta", [1.0, 0.25])
 def test_a_quadratic_score_on_one_step_has_a_closed_form(beta):
     """r = - |x|^2: pi* also narrows the step, so the best mean alone stays below J*."""
-    mixture = worlds.Mixture(torch.tensor([[0.6, -0.4]]), torch.ones(1), 0.5)
-    reference = worlds.exact_denoiser(mixture)
     corners = torch.tensor([[0.0, 0.0], [1.0, 1.0]], dtype=torch.float64)
-    b, a_plus_b = d3po.policy_mean(reference, ONE_STEP, 0, corners)
-    mean2 = (
-        (a_plus_b - b).square().sum() + b.square().sum()
-    ).item()  # E |a x_T + b|^2, x_T ~ N(0, I)
+    b, a_plus_b = d3po.policy_mean(GAUSSIAN, ONE_STEP, 0, corners)
+    # E |a x_T + b|^2, x_T ~ N(0, I)
+    mean2 = ((a_plus_b - b).square().sum() + b.square().sum()).item()
     variance = 0.4**2
     narrow = 1 + 2 * variance / beta  # pi* = N(mu / narrow, variance / narrow I)
 
     def minus_square(x):
         return -x.square().sum(1)
 
-    best = optimum.solve(reference, ONE_STEP, minus_square, beta=beta, spacing=0.1)
+    best = solve(GAUSSIAN, ONE_STEP, minus_square, beta=beta)
     # the means are exact for cubics, up to float32; exp(V / beta) is not: see above
     assert best.j_ref == pytest.approx(-mean2 - 2 * variance, abs=1e-5)
     assert best.j_gauss == pytest.approx(-mean2 / narrow - 2 * variance, abs=1e-5)
@@ -241,17 +210,10 @@ def test_a_quadratic_score_on_one_step_has_a_closed_form(beta):
 def test_samples_of_one_step_are_the_shifted_gaussian():
     reference = worlds.exact_denoiser(worlds.Mixture(torch.zeros(1, 2), torch.ones(1), 1.0))
     sigma, beta, n = 0.4, 0.5, 20_000
-    best = optimum.solve(reference, ONE_STEP, worlds.direction, beta=beta, spacing=0.1)
+    best = solve(reference, ONE_STEP, worlds.direction, beta=beta)
     x_T = torch.tensor([[0.5, -1.0]]).expand(n, 2)
-    x = optimum.sample_optimum(
-        reference,
-        ONE_STEP,
-        worlds.direction,
-        beta=beta,
-        optimum=best,
-        x_T=x_T,
-        generator=seeded(11),
-    )[-1]
+    options = {"beta": beta, "optimum": best, "x_T": x_T, "generator": seeded(11)}
+    x = optimum.sample_optimum(reference, ONE_STEP, worlds.direction, **options)[-1]
     expected = d3po.policy_mean(reference, ONE_STEP, 0, x_T[:1])[0] + sigma**2 / beta / math.sqrt(2)
     error = 3 * sigma / math.sqrt(n)
     # 0.004: bias of 64 proposals, 1 / K of the shift 0.23 for independent ones
@@ -260,19 +222,18 @@ def test_samples_of_one_step_are_the_shifted_gaussian():
 
 
 def test_a_stiff_reference_leaves_the_variance_of_the_score():
-    sched, beta = schedule(10), 1e3
-    best = optimum.solve(RING, sched, worlds.reach, beta=beta, spacing=0.1)
-    x_T = torch.randn(1000, 2, generator=seeded(12)).repeat_interleave(128, 0)
+    sched, beta = schedule(5), 1e3
+    best = solve(RING, sched, worlds.reach, beta=beta)
+    x_T = torch.randn(500, 2, generator=seeded(12)).repeat_interleave(128, 0)
     x = d3po.rollout(RING, sched, x_T, generator=seeded(13)).x[-1]
-    variance = worlds.reach(x).view(1000, 128).var(1)
-    mean, se = mean_and_error(variance)
+    mean, se = mean_and_error(worlds.reach(x).view(500, 128).var(1))
     # log E exp(r / beta) = E[r] / beta + Var(r) / (2 beta^2) + O(1 / beta^3); 2%: the grid
     assert abs(2 * beta * (best.j_star - best.j_ref) - mean) < 3 * se + 0.02 * mean
     assert best.score_star == pytest.approx(best.j_ref, abs=0.01)
 
 
 def test_the_best_mean_is_the_global_one():
-    """Two hills, and means between them: compare with all points of a lattice 8 times as fine."""
+    """Two hills, and means between them: compare with all points of a lattice 4 times as fine."""
     axis = torch.arange(-30, 31, dtype=torch.float64) / 10
 
     def hills(a):
@@ -280,9 +241,9 @@ def test_the_best_mean_is_the_global_one():
         return (-left.square().sum(-1)).exp() + 1.2 * (-1.5 * right.square().sum(-1)).exp()
 
     table = hills(torch.cartesian_prod(axis, axis)).view(61, 61)
-    lattice = torch.cartesian_prod(*[torch.linspace(-2.5, 2.5, 401, dtype=torch.float64)] * 2)
+    lattice = torch.cartesian_prod(*[torch.linspace(-2.5, 2.5, 201, dtype=torch.float64)] * 2)
     height = hills(lattice)
-    means = 3 * torch.rand(100, 2, generator=seeded(14), dtype=torch.float64) - 1.5
+    means = 3 * torch.rand(60, 2, generator=seeded(14), dtype=torch.float64) - 1.5
     for reach in (0.05, 0.5, 2.0, 8.0):
         best, value = optimum._best_mean(table, axis, means, reach=reach)
         exact = [(height - (lattice - m).square().sum(1) / (2 * reach)).max() for m in means]
@@ -291,7 +252,7 @@ def test_the_best_mean_is_the_global_one():
         # 3e-4: the cubic through a hill 7 spacings wide; the lattice: half its spacing, squared,
         # times the curvature. One mean in twenty may lie where the hills tie and get the lower one;
         # a search that is only local loses 0.3.
-        allowed = 3e-4 + 0.00625**2 * (1 / reach + 4)
+        allowed = 3e-4 + 0.0125**2 * (1 / reach + 4)
         for error in (value - exact).abs(), (true_value - exact).abs():
             assert error.quantile(0.95) < allowed and error.mean() < 2e-3, (reach, error.topk(5))
 
@@ -299,53 +260,59 @@ def test_the_best_mean_is_the_global_one():
 # Order, limits and errors
 
 
-@pytest.mark.parametrize("score", worlds.SCORES)
-@pytest.mark.parametrize("mixture", worlds.MIXTURES)
+@pytest.mark.parametrize(
+    "mixture, score",
+    [
+        ("ring", "reach"),
+        ("ring", "direction"),
+        ("ring", "avoid"),
+        ("grid", "reach"),
+        ("islands", "avoid"),
+    ],
+)
 def test_order_of_the_objectives(mixture, score):
     reference = worlds.exact_denoiser(worlds.MIXTURES[mixture])
-    for beta in (1.0, 0.2):
-        best = optimum.solve(reference, schedule(5), worlds.SCORES[score], beta=beta, spacing=0.1)
-        assert best.j_ref < best.j_gauss < best.j_star < best.score_star < 3.5, best.numbers()
-        assert best.kl_star > 0 and best.kl_gauss > 0
-        assert best.error < 0.02  # the coarser grid has spacing 0.2
-        assert optimum.attained_share(best.j_ref, best) == 0
-        assert optimum.attained_share(best.j_gauss, best) == 1
-        assert optimum.attained_share((best.j_ref + best.j_gauss) / 2, best) == pytest.approx(0.5)
+    best = solve(reference, schedule(5), worlds.SCORES[score], beta=0.2)
+    assert best.j_ref < best.j_gauss < best.j_star < best.score_star < 3.5, best.numbers()
+    assert best.kl_star > 0 and best.kl_gauss > 0
+    assert best.error < 0.02  # the coarser grid has spacing 0.2
+    assert optimum.attained_share(best.j_ref, best) == 0
+    assert optimum.attained_share(best.j_gauss, best) == 1
+    assert optimum.attained_share((best.j_ref + best.j_gauss) / 2, best) == pytest.approx(0.5)
 
 
-def test_halving_the_spacing_moves_results_less_than_the_stated_error(problem):
-    sched, beta, fine = problem
-    coarse = optimum.solve(RING, sched, worlds.reach, beta=beta, spacing=0.1)
+def test_halving_the_spacing_moves_results_less_than_the_stated_error():
+    coarse, fine = (
+        optimum.solve(RING, schedule(5), worlds.reach, beta=0.3, spacing=spacing)
+        for spacing in (0.1, 0.05)
+    )
     for name, value in fine.numbers().items():
-        unit = beta if name.startswith("kl") else 1
+        unit = 0.3 if name.startswith("kl") else 1
         assert abs(value - coarse.numbers()[name]) * unit < coarse.error
     assert fine.error < coarse.error / 2  # of second order or better
     assert fine.error < 0.004
 
 
 def test_the_best_means_approach_the_optimum_as_steps_shrink():
-    solved = [
-        optimum.solve(RING, schedule(T), worlds.reach, beta=0.3, spacing=0.1) for T in (5, 10, 20)
-    ]
+    solved = [solve(RING, schedule(T), worlds.reach, beta=0.3) for T in (5, 20)]
     share = [(o.j_gauss - o.j_ref) / (o.j_star - o.j_ref) for o in solved]
-    assert share[0] + 0.02 < share[1] < share[2] - 0.02 and share[2] > 0.9, (
-        share
-    )  # 0.83, 0.88, 0.92
+    assert share[0] + 0.05 < share[1] and share[1] > 0.9, share  # 0.83, 0.92
 
 
 def test_bad_arguments_are_refused():
     with pytest.raises(ValueError, match="beta"):
-        optimum.solve(RING, schedule(5), worlds.reach, beta=0.0)
+        solve(RING, schedule(5), worlds.reach, beta=0.0)
     sched = schedule(5)
     silent = sched._replace(sigma=sched.sigma * torch.tensor([1.0, 1, 0, 1, 1]))
     with pytest.raises(ValueError, match="sigma = 0"):
-        optimum.solve(RING, silent, worlds.reach, beta=1.0)
+        solve(RING, silent, worlds.reach, beta=1.0)
 
 
+@pytest.mark.slow  # it trains
 def test_gradient_ascent_through_the_chain_comes_close_from_below():
     """Ascend J itself by backpropagation through sampling: it knows nothing of values or grids."""
     torch.manual_seed(0)
-    T, beta, width = 5, 1.0, 48
+    T, beta, width, steps = 5, 1.0, 48, 250
     sched = schedule(T)
     index = {time: i for i, time in enumerate(sched.timesteps.tolist())}
     linear, silu = torch.nn.Linear, torch.nn.SiLU()
@@ -360,11 +327,10 @@ def test_gradient_ascent_through_the_chain_comes_close_from_below():
         x_0 = (x - (1 - sched.alpha_bar[i]).sqrt() * eps) / sched.alpha_bar[i].sqrt()
         return eps + net(torch.cat([x, x_0, torch.eye(T)[i].expand(len(x), T)], 1))
 
-    steps = 350
     optimizer = torch.optim.Adam(net.parameters(), lr=5e-3)
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for _ in range(steps):
-        x, kl = torch.randn(512, 2), 0
+        x, kl = torch.randn(256, 2), 0
         for i, sigma in enumerate(sched.sigma):
             mean = d3po.policy_mean(policy, sched, i, x)
             kl = kl + (mean - d3po.policy_mean(RING, sched, i, x)).square().sum(1) / (2 * sigma**2)
@@ -375,8 +341,8 @@ def test_gradient_ascent_through_the_chain_comes_close_from_below():
         optimizer.step()
         decay.step()
 
-    best = optimum.solve(RING, sched, worlds.reach, beta=beta)
-    x_T = torch.randn(40_000, 2, generator=seeded(15))
+    best = solve(RING, sched, worlds.reach, beta=beta)
+    x_T = torch.randn(20_000, 2, generator=seeded(15))
     mean, se = mean_and_error(objective(policy, sched, x_T, beta=beta, seed=16)[2])
     assert mean < best.j_gauss + 3 * se + best.error
     assert optimum.attained_share(mean, best) > 0.9  # 0.97 to 0.99 after longer runs

@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from toy.emoji_sd import models
+from toy.emoji_sd.files import append_lines, write_json, write_tensors
 from toy.emoji_sd.render import NAMES, caption, dataset, sprites
-from toy.files import append_lines, write_json, write_tensors
 
 FOLDER = Path(__file__).parent
 QUICK = {"images": 180, "vae_steps": 12, "unet_steps": 12, "batch_size": 8}

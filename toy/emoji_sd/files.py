@@ -29,13 +29,3 @@ def append_lines(path: Path, rows: list[dict]) -> None:
     """Append one JSON object a line; the lines are on disk when this returns."""
     with path.open("a") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
-
-
-def write_tables(page: Path, mark: str, tables: list[str]) -> None:
-    """Replace what a page has between each pair of marks; a new page has nothing else.
-
-    Raises ValueError for a page that has other than two marks a table.
-    """
-    parts = page.read_text().split(mark) if page.exists() else [""] * (2 * len(tables) + 1)
-    parts[1::2] = [f"\n{table}\n" for table in tables]
-    page.write_text(mark.join(parts))
