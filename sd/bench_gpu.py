@@ -224,7 +224,7 @@ def agreement(architecture: Architecture, device: str, precision: str) -> Lines:
         output_type="latent",
         callback_on_step_end=keep,
     )
-    schedule = d3po.make_schedule(setup.model.policy.alpha_bars.cpu(), T, eta=0.0)
+    schedule = d3po.make_schedule(setup.model.policy.alpha_bars.cpu(), T, eta=1e-4)  # without noise
     errors, before = [], x_T.float()
     for i, after in enumerate(states):
         with torch.no_grad():
