@@ -66,7 +66,7 @@ def draw_animation(run: Path) -> Path:
         picture = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
         frames.append(picture.quantize(64, dither=Image.Dither.NONE))
     path = run / "toy.gif"
-    durations = [800, *[160] * (len(frames) - 2), 2500]
+    durations = [800, *[250] * (len(frames) - 2), 2500]
     frames[0].save(path, save_all=True, append_images=frames[1:], duration=durations, loop=0)
     return path
 

@@ -70,11 +70,13 @@ MODELS = {
     ),
 }
 LOSSES = {
-    "eq14": Loss("Eq. 14", d3po.d3po_losses, "timestep", lr=1e-3, replay=0),
-    "chain": Loss("whole chain", d3po.chain_dpo_losses, "trajectory", lr=5e-3, replay=7),
+    "eq14": Loss("Eq. 14", d3po.d3po_losses, "timestep", lr=2e-3, replay=0),
+    "chain": Loss("whole chain", d3po.chain_dpo_losses, "trajectory", lr=1e-2, replay=15),
     "eq12": Loss("Eq. 12", partial(d3po.d3po_losses, steps=[0]), "timestep", lr=1e-3, replay=0),
 }
+REPLAY_PAIRS = 128  # in a batch of stored pairs
 LABELS = {"bradley-terry": d3po.bradley_terry, "greedy": d3po.preference}
+SPACING = 0.1  # of the optimum's grid; its J err by 0.003
 SAMPLES = 4000  # chains that the table is made from
 WATCHED = 400  # chains that a line of metrics.jsonl and a frame of toy.gif are made from
 
@@ -127,10 +129,10 @@ def parse(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argparse.Nam
         "--lr", type=float, help="Adam's first step size, falling to 0 as a cosine; by --loss"
     )
     method.add_argument(
-        "--epochs", type=int, default=30, help="times that pairs are sampled and trained on"
+        "--epochs", type=int, default=15, help="times that pairs are sampled and trained on"
     )
     method.add_argument(
-        "--pairs", type=int, default=128, help="pairs of chains, so labels, an epoch"
+        "--pairs", type=int, default=256, help="pairs of chains, so labels, an epoch"
     )
     method.add_argument(
         "--replay", type=int, help="batches of stored pairs that an epoch adds; by --loss"
@@ -255,7 +257,7 @@ def make_world(args: argparse.Namespace) -> World:
         reference = exact_denoiser(mixture, model.alpha_bars)
     else:
         reference = model.pretrain(mixture).requires_grad_(False)
-    best = optimum.solve(reference, schedule, score, beta=args.beta)
+    best = optimum.solve(reference, schedule, score, beta=args.beta, spacing=SPACING)
     return World(mixture, score, model.alpha_bars, schedule, reference, args.beta, best)
 
 
@@ -276,6 +278,7 @@ def train(
         epochs=args.epochs,
         pairs=args.pairs,
         replay=settings["replay"],
+        replay_pairs=REPLAY_PAIRS,
         bridged=True,
         average=True,
     )
@@ -330,16 +333,15 @@ def main(argv: list[str] | None = None) -> None:
         )
 
     world = make_world(args)
-    schedule, best = world.schedule, world.best
     try:
-        optimum.attained_share(best.j_ref, best)
+        optimum.attained_share(world.best.j_ref, world.best)
     except ValueError as error:
         parser.error(str(error))
-    write_config(out, config | {"optimum": best.numbers()})
+    write_config(out, config | {"optimum": world.best.numbers()})
 
     # Alg. 1 with each loss
     policies, points = {}, {}
-    x_ref = sample(world.reference, schedule, WATCHED, seed=1)
+    x_ref = sample(world.reference, world.schedule, WATCHED, seed=1)
     for name in args.loss:
         torch.manual_seed(args.seed)
         policy = policies[name] = world.new_policy()
@@ -348,7 +350,7 @@ def main(argv: list[str] | None = None) -> None:
         bar = tqdm(training, LOSSES[name].title, args.epochs, unit=" epochs", mininterval=0.5)
         try:
             for number, epoch in enumerate(bar, 1):
-                x = sample(policy, schedule, WATCHED, seed=1)
+                x = sample(policy, world.schedule, WATCHED, seed=1)
                 now = world.measure(policy, x, x_ref)
                 row = metrics_row(name, number, epoch, now=now, world=world)
                 append_lines(out / "metrics.jsonl", [row])
@@ -367,14 +369,25 @@ def main(argv: list[str] | None = None) -> None:
             )
         points[f"{name}_epochs"] = torch.stack(frames)
 
-    # What was reached
-    x_ref = sample(world.reference, schedule, SAMPLES, seed=2)
-    share = partial(optimum.attained_share, optimum=best)
+    columns, final = measure_policies(policies, world)
+    np.savez(out / "samples.npz", **points, **final)
+    print_table(columns)
+    figure = plots.draw_run(out)
+    seconds = time.perf_counter() - start
+    print(f"\n{epoch.labels:,} labels for each loss, {seconds:.0f} s. Figure: {figure}")
+
+
+def measure_policies(
+    policies: dict[str, ddpm.Adapter], world: World
+) -> tuple[dict[str, tuple[float, ...]], dict[str, Tensor]]:
+    """The columns of the table by their titles, and final points by the names of samples.npz."""
+    best, share = world.best, partial(optimum.attained_share, optimum=world.best)
+    x_ref = sample(world.reference, world.schedule, SAMPLES, seed=2)
     before = on_data(world.mixture, x_ref[-1]).float().mean().item()
     columns = {"before": (best.j_ref, 0.0, best.j_ref, 0.0, 0.5, before)}
-    points["before"] = x_ref[-1]
+    points = {"before": x_ref[-1]}
     for name, policy in policies.items():
-        x = sample(policy, schedule, SAMPLES, seed=2)
+        x = sample(policy, world.schedule, SAMPLES, seed=2)
         now = world.measure(policy, x, x_ref)
         numbers = (now.score, now.kl, now.j, share(now.j), now.win_rate, now.on_data)
         columns[LOSSES[name].title] = numbers
@@ -382,21 +395,16 @@ def main(argv: list[str] | None = None) -> None:
     columns["best means"] = (best.score_gauss, best.kl_gauss, best.j_gauss, 1.0)
     star = (best.score_star, best.kl_star, best.j_star, share(best.j_star))
     columns["exact optimum"] = star
-    x_best = optimum.sample_optimum(
+    x = optimum.sample_optimum(
         world.reference,
-        schedule,
+        world.schedule,
         world.score,
-        beta=args.beta,
+        beta=world.beta,
         optimum=best,
         x_T=x_ref[0, : plots.SHOWN],
     )
-    points["optimum"] = x_best[-1]
-    np.savez(out / "samples.npz", **points)
-
-    print_table(columns)
-    figure = plots.draw_run(out)
-    seconds = time.perf_counter() - start
-    print(f"\n{epoch.labels:,} labels for each loss, {seconds:.0f} s. Figure: {figure}")
+    points["optimum"] = x[-1]
+    return columns, points
 
 
 def print_table(columns: dict[str, tuple[float, ...]]) -> None:

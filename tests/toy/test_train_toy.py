@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import d3po
-from toy import ddpm, measure, optimum, plots, train_toy, worlds
+from toy import ddpm, measure, plots, train_toy, worlds
 
 KEYS = (
     "loss_name epoch score kl win_rate on_data attained_share accuracy margin loss labels".split()
@@ -28,7 +28,7 @@ def small_world():
         for name, model in train_toy.MODELS.items():
             short = model._replace(pretrain=partial(model.pretrain, steps=30))
             patch.setitem(train_toy.MODELS, name, short)
-        patch.setattr(optimum, "solve", partial(optimum.solve, spacing=0.2))
+        patch.setattr(train_toy, "SPACING", 0.2)
         patch.setattr(train_toy, "SAMPLES", 100)
         patch.setattr(train_toy, "WATCHED", 50)
         yield
@@ -37,7 +37,7 @@ def small_world():
 def run(out, *flags, figure=False):
     """Train by the whole chain alone, unless the flags say otherwise."""
     flags = flags if "--loss" in flags else ("--loss", "chain", *flags)
-    small = f"--epochs {EPOCHS} --pairs {PAIRS} --num-steps 4 --out {out}"
+    small = f"--epochs {EPOCHS} --pairs {PAIRS} --replay 1 --num-steps 4 --out {out}"
     with pytest.MonkeyPatch.context() as patch:
         if not figure:  # it takes longer than such a run
             patch.setattr(plots, "draw_run", lambda run: "not drawn")
@@ -140,7 +140,7 @@ def test_a_run_leaves_its_folder(tiny):
     assert {"mixture", "model", "preference", "labels", "reference", "eta"} <= set(config)
     assert {"beta", "seed", "git_revision", "optimum"} <= set(config)
     assert list(config["loss"]) == ["eq14", "chain"]
-    assert config["loss"]["chain"] == {"title": "whole chain", "lr": 0.005, "replay": 7}
+    assert config["loss"]["chain"] == {"title": "whole chain", "lr": 0.01, "replay": 1}
     assert config["versions"]["torch"] == torch.__version__
     assert config["versions"]["d3po"] == d3po.__version__
     assert {"j_ref", "j_gauss", "j_star", "score_star", "kl_star"} <= set(config["optimum"])
@@ -249,6 +249,7 @@ def test_the_same_seed_gives_the_same_bytes_and_a_loss_alone_the_same_as_beside_
     [
         "--loss eq12",
         "--replay 2",
+        "--lr 1e-3",
         "--reference exact",
         "--model flow",
         "--model flow --reference exact --eta 0.5",
@@ -328,7 +329,7 @@ def test_a_loss_that_breaks_in_the_third_epoch(tmp_path, monkeypatch):
 
     monkeypatch.setitem(train_toy.LOSSES, "chain", loss._replace(function=function))
     message = stopped(out)
-    assert "whole chain, epoch 3" in message and "--lr (now 0.005)" in message
+    assert "whole chain, epoch 3" in message and "--lr (now 0.01)" in message
     assert str(out) in message and "\n" not in message
     assert [row["epoch"] for row in rows(out / "metrics.jsonl")] == [1, 2]
     assert len(rows(out / "labels.jsonl")) == 2 * PAIRS
