@@ -67,28 +67,28 @@ def test_an_evening(browser, start, tmp_path, monkeypatch):  # noqa: F811
     address, tunnel = (re.search(sign, output.read_text()) for sign in (r"http://\S+", r"ssh -L.*"))
     assert address[0] == page.url and f"{page.port}:127.0.0.1:{page.port}" in tunnel[0]
     with open_tab(browser, page.url) as tab:
-        tab.on("dialog", lambda dialog: dialog.accept())
         person = Person(tab, page)
         for done in range(TRAINED_AFTER):
             person.wait_for(done, 1)
             person.answer()
         person.wait_for(TRAINED_AFTER, 1)
-        assert tab.locator("#all").text_content() == f"{TRAINED_AFTER} of {20 * ASKED} in all"
+        assert tab.locator("#done").text_content() == "Round 1 of 20: 20 answered, 4 left"
         tab.screenshot(path=tmp_path / "question.png")
         tab.get_by_role("button", name="Train now").click()
-        tab.get_by_text("Training, epoch 1").wait_for()
+        tab.get_by_text("Training, round 1 of 20").wait_for()
         for done in range(ASKED):
             person.wait_for(done, 2)
             person.answer()
         tab.get_by_text("Undo the last answer").wait_for()
-        tab.get_by_text("Training, epoch 2").wait_for()
-        tab.get_by_text("Now, from the same noises").wait_for()
+        tab.get_by_text("Training, round 2 of 20").wait_for()
+        tab.get_by_text("Now, from the same starting noise").wait_for()
         tab.screenshot(path=tmp_path / "training.png")
         for done in range(FINISHED_AFTER):
             person.wait_for(done, 3)
             person.answer()
         person.wait_for(FINISHED_AFTER, 3)
         tab.get_by_role("button", name="Finish").click()
+        tab.get_by_text("Last training, then your result").wait_for()
         tab.get_by_text("The run has finished").wait_for()
         code = tab.locator("#code").text_content()
         tab.screenshot(path=tmp_path / "end.png")

@@ -168,7 +168,9 @@ def test_who_likes_plain_images_trains_the_weights_of_compressibility(tiny, star
         process = start([*argv, "--port", str(page.port)])
         assert answer_questions(page, prefer_plain, stop=answers) == answers
         if len(read_rows(people)) == 4:  # all of the first epoch
-            until(lambda: request(page, "GET", "/state").json()["status"] == "Training, epoch 1")
+            until(
+                lambda: request(page, "GET", "/state").json()["status"] == "Training, round 1 of 2"
+            )
         kill(process)
     assert len(read_rows(people)) == 5
     assert run_with_people(resume, page, prefer_plain) == 3
@@ -389,7 +391,7 @@ def test_chromium_labels_an_epoch_and_the_next_one_appears(browser, start, tmp_p
         process = start(["--resume", str(out), "--port", str(page.port)])
         press(" ", 2)
         press("s", 1)
-        tab.get_by_text("Training, epoch 1").wait_for()
+        tab.get_by_text("Training, round 1 of 2").wait_for()
         press("ArrowLeft", 4)  # the second epoch
         assert (out / "checkpoint" / "state.pt").exists()
         for left in (3, 2, 1):
