@@ -10,7 +10,16 @@ import numpy as np
 import pytest
 from PIL import Image
 from sd_helpers import typed
-from test_annotate import Page, free_port, is_serving, open_tab, read_rows, request, until
+from test_annotate import (  # noqa: F401, browser is a fixture
+    Page,
+    browser,
+    free_port,
+    is_serving,
+    open_tab,
+    read_rows,
+    request,
+    until,
+)
 from test_human_run import WAIT, kill, lora_of, start  # noqa: F401, the fixture
 
 import sd_demo
@@ -60,7 +69,7 @@ class Person:
 
 
 @pytest.mark.slow
-def test_an_evening(start, tmp_path, monkeypatch):  # noqa: F811
+def test_an_evening(start, browser, tmp_path, monkeypatch):  # noqa: F811
     """Killed between labels, "Train now" in the first round, all answers, "Finish" in the third."""
     out, output = tmp_path / "run", tmp_path / "output.txt"
     page = Page(out, free_port())
