@@ -129,7 +129,13 @@ class PeopleLabeller:
 def open_page(args: Settings, folder: Path, *, story: Path | None = None) -> AnnotationServer:
     """The page for people of a run, which opens with its first question."""
     return AnnotationServer(
-        folder, args.annotators, args.seed, port=args.port, guide=args.question, story=story
+        folder,
+        args.annotators,
+        args.seed,
+        port=args.port,
+        guide=args.question,
+        story=story,
+        public_url=args.public_url,
     )
 
 

@@ -165,6 +165,9 @@ class Learning:
     port: int | None = setting(
         None, "port of the page for people; by default the first free one from 7860", "N", zero=True
     )
+    public_url: str | None = setting(
+        None, "the address at which a proxy shows this page; by default only this machine's", "URL"
+    )
     clip_model: str = setting(CLIP, "CLIP of aesthetic and alignment: hub id or folder", "CLIP")
     aesthetic_head: str = setting(
         AESTHETIC_HEAD, "state dict of its linear layers: URL or file", "HEAD"
@@ -289,7 +292,7 @@ class Settings(*reversed(GROUPS)):
 
 
 FLAGS = {option.name: option for group in GROUPS for option in fields(group)}
-SAVED = set(FLAGS) - {"resume", "evaluate", "dry_run", "port", "device"} | {"labeller", "command"}
+SAVED = set(FLAGS) - {"resume", "evaluate", "dry_run", "port", "public_url", "device"} | {"labeller", "command"}
 PATHS = {"out", "resume", "evaluate"}
 ON_RESUME = {"epochs", "max_kl", "question"}  # what --resume may change
 FROM_PYTHON = {"objective", "watch", "model", "labeller"}  # may be an object, which has no JSON
