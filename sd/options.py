@@ -292,7 +292,10 @@ class Settings(*reversed(GROUPS)):
 
 
 FLAGS = {option.name: option for group in GROUPS for option in fields(group)}
-SAVED = set(FLAGS) - {"resume", "evaluate", "dry_run", "port", "public_url", "device"} | {"labeller", "command"}
+SAVED = set(FLAGS) - {"resume", "evaluate", "dry_run", "port", "public_url", "device"} | {
+    "labeller",
+    "command",
+}
 PATHS = {"out", "resume", "evaluate"}
 ON_RESUME = {"epochs", "max_kl", "question"}  # what --resume may change
 FROM_PYTHON = {"objective", "watch", "model", "labeller"}  # may be an object, which has no JSON
