@@ -29,7 +29,7 @@ from sd.figures import held_out_file
 from sd.files import ROOT, save_lines
 from sd.prompts import PROMPTS
 
-WAIT = 60  # seconds that nothing here should take, even where the machine is busy
+WAIT = 120  # seconds that nothing here should take, even where the machine is busy
 AS_JSON = {"Content-Type": "application/json"}
 
 
