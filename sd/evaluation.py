@@ -64,7 +64,7 @@ def compare_with_initial(evaluator: Evaluator, folder: Path, *, epoch: int, code
         result = blind_test(args, tuned, initial, folder=folder, epoch=epoch, code=code)
     else:
         result = win_rate_vs_reference(tuned, initial)
-    result = {"objective": args.row()["objective"], **result}
+    result = {"objective": args.row()["objective"], "epoch": epoch, **result}
     files.save_json(folder / "evaluation.json", result)
     stock_initial, stock_tuned = (evaluator.evaluate_stock(denoiser) for denoiser in both)
     result["stock"] = win_rate_vs_reference(stock_tuned, stock_initial)

@@ -403,7 +403,9 @@ class Run:
         args, initial = self.args, self.initial.as_row()
         row = self.metrics_row(epoch)
         row["warnings"] = metrics.warnings(row, initial, self.metrics())
-        self.bar.write(metrics.format_metrics(row, self.last_epoch, initial))
+        config = args.row()
+        names = {"objective": config["objective"], "watch": config["watch"], "max_kl": args.max_kl}
+        self.bar.write(metrics.format_metrics(row, self.last_epoch, initial, **names))
         if (row["eval_kl"] or 0) > (args.max_kl or math.inf):
             self.record_stop(epoch.number)
             return True, None
@@ -413,7 +415,7 @@ class Run:
         self.epochs_done = epoch.number
         self.draw()
         if self.page:
-            self.page.status(f"Sampling, epoch {epoch.number + 1}")
+            self.page.status(f"Drawing the images of round {epoch.number + 1 - self.label_epochs}")
             if self.page.finished:
                 return True, None
         return False, metrics.nothing_to_learn(self.folder)
@@ -453,14 +455,17 @@ class Run:
         config |= {"initial": self.initial.as_row(), "stopped": None}
         files.save_json(self.folder / "config.json", config)
 
-    def evaluate(self) -> dict:
+    def evaluate(self) -> None:
         """--evaluate, on new noise."""
         with self.average.applied():
             result = compare_with_initial(
                 self.evaluator, self.folder, epoch=self.epochs_done, code=self.code()
             )
         report.write(self.folder, self.epochs_done, self.code())
-        return result
+        sentences = report.evaluation_sentences(
+            result, result["objective"], self.args.row()["watch"]
+        )
+        print("\n".join(sentences))
 
     def save(self, epoch: int) -> None:
         """lora/ for pipe.load_lora_weights, and checkpoint/ for --resume."""
