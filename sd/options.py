@@ -9,6 +9,7 @@ import math
 import os
 import shlex
 import sys
+import textwrap
 from collections.abc import Callable
 from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
@@ -28,6 +29,11 @@ PEOPLE = ("human", "tags")  # objectives for which people answer on a page
 OF_PAIRS = ["chain", "eq14", "eq12"]  # the losses of d3po.py
 SCORED = ["reward-weighted", "ddpo", "dpok"]  # losses that see scores, not preferences
 LOSSES = [*OF_PAIRS, "sft", *SCORED, "diffusion-dpo"]
+METHOD = (
+    "The whole chain (--loss chain) for points, scores, people and files: it is exact, it is first "
+    "in the plane among the methods that see pairs, and its beta means the same for every model "
+    "and number of steps."
+)
 PAPER_BETA = 0.1  # of the mean over the D latent elements: 0.1 / D of the sum
 LABEL_PASSES = 4  # over --labels, where an objective follows
 
@@ -383,7 +389,8 @@ def epilog() -> str:
         **{f"--recipe {recipe}": preset for recipe, preset in RECIPES.items()},
     }
     lines = [f"  {name}: {as_flags(preset)}" for name, preset in presets.items()]
-    return "\n".join(["defaults of their own, after which comes what you type:", *lines])
+    first = "defaults of their own, after which comes what you type:"
+    return "\n".join([*textwrap.wrap(METHOD, 79), "", first, *lines])
 
 
 # From a command line, or from Python

@@ -159,6 +159,8 @@ def describe(setup: Setup) -> str:
             f"Objective {row['objective']}. An epoch: {images} images in {args.prompts_per_epoch} "
             f"groups, {labels_of_epoch(args)} labels{again}."
         )
+    if args.loss == "chain" and not args.evaluate:
+        lines.append(options.METHOD)
     if not args.evaluate:
         lines.append(
             f"--loss {args.loss}, beta {args.beta:.3g} per nat of a log-ratio summed over {D:,} "
