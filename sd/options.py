@@ -385,12 +385,13 @@ def epilog() -> str:
         "the emoji model": EMOJI_PRESETS,
         **{f"--objective {source}": SOURCE_PRESETS[source] for source in PEOPLE},
         "--labels": {**SOURCE_PRESETS["labels"], "epochs": LABEL_PASSES},
-        **{f"--loss {loss}": preset for loss, preset in LOSS_PRESETS.items()},
+        "--loss eq14 and all but chain": OTHERS,
         **{f"--recipe {recipe}": preset for recipe, preset in RECIPES.items()},
     }
-    lines = [f"  {name}: {as_flags(preset)}" for name, preset in presets.items()]
-    first = "defaults of their own, after which comes what you type:"
-    return "\n".join([*textwrap.wrap(METHOD, 79), "", first, *lines])
+    texts = [METHOD, "", "defaults of their own, after which comes what you type:"]
+    texts += [f"  {name}: {as_flags(preset)}" for name, preset in presets.items()]
+    wrapped = [textwrap.wrap(text, 79, subsequent_indent="    ") or [""] for text in texts]
+    return "\n".join(line for lines in wrapped for line in lines)
 
 
 # From a command line, or from Python
