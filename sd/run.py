@@ -509,10 +509,10 @@ class Run:
         """Tell people that the run has ended; reason: why it cannot go on."""
         if self.page is None:
             return
-        text = f"{reason}." if reason else "The run has finished. You can close this page."
-        evaluate = f"python sd_demo.py --evaluate {self.folder}"
-        farewell = f"{text} {result_paths(self.folder)} Is it better? A blind test: {evaluate}"
-        self.page.close(farewell, self.code())
+        lines = [f"{reason}." if reason else "The run has finished."]
+        lines += [*report.result_sentences(self.folder), *result_paths(self.folder)]
+        lines += [f"Blind test, is it better? python sd_demo.py --evaluate {self.folder}"]
+        self.page.close("\n".join(lines), self.code())
 
     def load_checkpoint(self) -> None:
         """Go back to the last checkpoint, if there is one.
