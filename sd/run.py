@@ -24,7 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sd import UserError, figures, files, label_files, metrics, options, report
-from sd.annotate import AnnotationServer, listen
+from sd.annotate import AnnotationServer, listen, parse_public_url
 from sd.evaluation import Evaluator, compare_with_initial, keep_images
 from sd.labellers import PeopleLabeller, ScorerLabeller, open_page, result_paths
 from sd.labels import label_row, pairs_from_labels, scores_from_labels
@@ -69,6 +69,7 @@ def load(args: Settings) -> Setup:
     """Load the model and all else that settings name. Raises UserError where it cannot."""
     accelerator = make_accelerator(args.precision, args.device)
     check_batches(args, accelerator.num_processes)
+    check_page(args, accelerator)
     bar = tqdm(unit=" passes", mininterval=0.5, delay=0.1, disable=not is_shown(args, accelerator))
     groups = read_label_groups(args, accelerator)
     of_labels = list(dict.fromkeys(group.prompt for group in groups))
@@ -130,6 +131,15 @@ def check_batches(args: Settings, processes: int) -> None:
     if args.objective and args.prompts_per_epoch % across:
         message = f"give a multiple of {across}, as many as are trained on together (--batch-size)"
         raise UserError(f"--prompts-per-epoch {args.prompts_per_epoch}: {message}")
+
+
+def check_page(args: Settings, accelerator: Accelerator) -> None:
+    """Raise UserError where no page can open, before anything is sampled."""
+    if args.public_url:
+        parse_public_url(args.public_url)
+    new = not (args.resume or args.evaluate or args.labeller)
+    if new and args.by_people and accelerator.is_main_process:
+        listen(args.port).close()
 
 
 def describe(setup: Setup) -> str:
@@ -638,8 +648,6 @@ def make_run(setup: Setup, folder: Path) -> Run:
             rounds=args.epochs,
             label_epochs=label_epochs,
         )
-        if accelerator.is_main_process and not (args.resume or args.evaluate):
-            listen(args.port).close()  # a taken port is said before anything is sampled
     optimizer = torch.optim.AdamW(model.lora, args.lr, weight_decay=args.weight_decay)
     return Run(
         args=args,
