@@ -150,10 +150,11 @@ def rollout(
     _check_density(schedule)
     _check_generators(generator, len(x_T))
     x = [_at_least_float32(x_T)]
+    noises = _noises(x[0], len(schedule.sigma), generator)
     log_probs = []
     for i, sigma in enumerate(schedule.sigma):
         mean = policy_mean(denoiser, schedule, i, x[i], cond)
-        x.append(mean + sigma * _randn_like(mean, generator))
+        x.append(mean + sigma * noises[i])
         log_probs.append(log_prob(x[i + 1], mean, sigma))
     return Trajectory(torch.stack(x), torch.stack(log_probs))
 
@@ -203,6 +204,7 @@ def bridge(
     level = schedule.alpha_bar[end] if end < T else schedule.alpha_bar_prev[-1]
     x = [x_T]
     x_end = _at_least_float32(x_end)
+    noises = _noises(x_end, end - 1, generator)
     for i in range(end - 1):
         ab = schedule.alpha_bar[i] / level
         ab_prev = schedule.alpha_bar_prev[i] / level
@@ -211,7 +213,7 @@ def bridge(
 
         scale = (1 - ab_prev - sigma**2).clamp(min=0).sqrt()
         mean = ab_prev.sqrt() * x_end + scale * (x[i] - ab.sqrt() * x_end) / (1 - ab).sqrt()
-        x.append(mean + sigma * _randn_like(mean, generator))
+        x.append(mean + sigma * noises[i])
     return torch.stack([*x, x_end])
 
 
@@ -416,11 +418,18 @@ def _at_least_float32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def _randn_like(x: Tensor, generator: Generators) -> Tensor:
-    if isinstance(generator, list):
-        return torch.stack([_randn_like(x[b], generator[b]) for b in range(len(x))])
-    device = x.device if generator is None else generator.device
-    return torch.randn(x.shape, generator=generator, device=device, dtype=x.dtype).to(x.device)
+def _noises(x: Tensor, count: int, generator: Generators) -> Tensor:
+    """Draw (count, *x.shape), one after another, and move them to x's device together."""
+
+    def draw(shape: torch.Size, generator: Generators) -> Tensor:
+        if isinstance(generator, list):
+            return torch.stack([draw(shape[1:], one) for one in generator])
+        device = x.device if generator is None else generator.device
+        return torch.randn(shape, generator=generator, device=device, dtype=x.dtype)
+
+    if count == 0:
+        return x.new_empty(0, *x.shape)
+    return torch.stack([draw(x.shape, generator) for _ in range(count)]).to(x.device)
 
 
 def _require(condition: bool | Tensor, message: str) -> None:

@@ -108,7 +108,7 @@ def start(args: options.Settings) -> Path | None:
             if run.record(epoch):
                 break
         run.close()
-    setup.accelerator.print(report.ending(run.folder, args.epochs, args.row()["objective"]))
+    setup.accelerator.print(report.ending(run.folder, run.epochs_done, args.row()["objective"]))
     return run.folder
 
 

@@ -1,4 +1,4 @@
-"""The labelling page: people answer the questions of a run in a browser, on this machine only.
+"""The labelling page: people answer the questions of a run in a browser.
 
 All addresses begin with http://127.0.0.1:PORT/TOKEN:
 
@@ -8,32 +8,40 @@ All addresses begin with http://127.0.0.1:PORT/TOKEN:
     GET  /held_out/E/N     image N of the same prompts and noises, after epoch E (0: before)
     POST /answer           {"id": ID, "name": "Ann" or null, "answer": as in sd/labels.py}
     POST /undo             {"id": ID, "name": as above}: take the last answer back before training
+    POST /hold             {"id": ID}: stop the countdown to training after the last answer
     POST /end              {"id": ID of a question, "end": "questions" or "run"}: skip what is left
 
 ID is KEY and how often this person's answer has changed, so that a page that is behind is refused.
-The server listens on 127.0.0.1. Who lacks the token, another user of the machine say, is refused,
-and so is what a page of another site sends, under its own name (Origin, against CSRF) and under a
-name that leads here (Host, against DNS rebinding).
+The server listens on 127.0.0.1. Requests without the token, of another user of the machine say,
+are refused, and so are those of a page of another site, under its own name (Origin, against CSRF)
+or under a name that leads here (Host, against DNS rebinding).
+
+--public-url is the one other address at which the page may be opened, through a proxy of this
+machine. The proxy may keep Host or rewrite it to 127.0.0.1 or localhost; of the path of the public
+address (https://host/user/x/proxy/7860/, of jupyter-server-proxy) it may take off what stands
+before the token, or leave it there. The page's own addresses are relative, so both work.
 """
 
 import json
 import math
 import os
+import re
 import secrets
 import socket
 import threading
 import time
+import unicodedata
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import unquote
 
 import torch
 import uvicorn
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException as Refusal  # Refusal(status, sentence)
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import FileResponse, HTMLResponse, JSONResponse
+from starlette.responses import FileResponse, HTMLResponse, JSONResponse, PlainTextResponse
 from starlette.routing import Route
 from tqdm import tqdm
 
@@ -46,9 +54,15 @@ PORTS = range(7860, 7960)  # tried in turn where no port is given
 MAX_REQUEST_BYTES = 10_000  # far more than an answer needs
 TOKEN_FILE = "token"  # in the run folder, for its owner's eyes; a page outlives a restart
 NOBODY = "(nobody"  # stands for a person whose answer was not waited for
-FAREWELL = "The run has finished. You can close this page."
-UNDO_SECONDS = 4  # between the last answer and training
-FAREWELL_SECONDS = 1.5  # open pages ask once a second, and learn that the run has ended
+LOCAL_HOST = re.compile(r"(127\.0\.0\.1|localhost|\[::1\])(:\d+)?", re.IGNORECASE)  # tunnels too
+PUBLIC_URL = re.compile(
+    r"(https?)://([\w.-]+|\[[\da-f:.]+\])(:\d{1,5})?(/[^?#\s]*)?", re.IGNORECASE
+)
+JOINERS = str.maketrans("", "", "\u200c\u200d")  # in Persian names, and in emoji
+ADDRESS = "and the address that the browser shows, up to the token"
+FAREWELL = "The run has finished."
+UNDO_SECONDS = 5  # between the last answer and training
+FAREWELL_SECONDS = 2  # open pages ask once a second, and learn that the run has ended
 CONTENT_POLICY = (
     "default-src 'none'; img-src 'self' data:; connect-src 'self'; style-src 'unsafe-inline'; "
     "script-src 'unsafe-inline'; base-uri 'none'; frame-ancestors 'none'"
@@ -81,8 +95,10 @@ class Questions:
 
     def __init__(self, file: Path, rows: list[dict], *, annotators: int, seed: int):
         self.file, self.annotators = file, annotators
-        self.finished = self._hurry = False  # finished: somebody wants the run to end
-        self._changed = threading.Condition()  # guards the questions and the two above
+        self.finished = False  # somebody wants the run to end
+        self._hurry = self._held = False  # training begins at once, or waits for a person
+        self._begins = math.inf  # when it begins, once all is answered
+        self._changed = threading.Condition()  # guards the questions and the four above
         answers = labels.read_labels(file, rows).values()
         sides = seeded_generator(seed, RandomPurpose.SIDES, rows[0]["epoch"])
         left = torch.randint(2, (len(rows),), generator=sides).tolist()
@@ -104,7 +120,11 @@ class Questions:
         with self._changed:
             while True:
                 self._changed.wait_for(lambda: self.missing == 0)
-                self._changed.wait_for(lambda: self.missing > 0 or self._hurry, UNDO_SECONDS)
+                self._begins = time.monotonic() + UNDO_SECONDS
+                self._changed.wait_for(
+                    lambda: self.missing > 0 or self._hurry or self._held, UNDO_SECONDS
+                )
+                self._changed.wait_for(lambda: self.missing > 0 or self._hurry or not self._held)
                 if self.missing == 0:
                     return self.close()
 
@@ -113,6 +133,17 @@ class Questions:
         with self._changed:
             questions, self._by_key = [*self._by_key.values()], {}
             return questions
+
+    @property
+    def answered(self) -> int:
+        """Questions that somebody answered, not only skipped."""
+        answers = [question.answers.values() for question in self._by_key.values()]
+        return sum(any(answer is not None for answer in each) for each in answers)
+
+    @property
+    def seconds_left(self) -> float | None:
+        """Until training begins; None where somebody holds it."""
+        return None if self._held else min(max(0, self._begins - time.monotonic()), UNDO_SECONDS)
 
     def of_person(self, name: str | None) -> list[dict]:
         """What the page asks one person; nothing where all is answered, or a name is needed."""
@@ -165,6 +196,14 @@ class Questions:
             _, question = self._answerable(id, name)
             question.answers.pop(name, None)
             question.changes[name] += 1
+            self._held = False
+            self._changed.notify_all()
+
+    def hold(self, id) -> None:
+        """Begin no training until "Train now", so that there is time to take an answer back."""
+        with self._changed:
+            self._question(str(id).rpartition("-")[0])
+            self._held = True
             self._changed.notify_all()
 
     def end(self, id, end: str) -> None:
@@ -190,18 +229,16 @@ class Questions:
         """A name as it was first written, "ann " is Ann; None without one."""
         if name is None:
             return None
-        if not (isinstance(name, str) and name.isprintable() and 0 < len(name.strip()) <= 40):
-            raise Refusal(400, "a name has 1 to 40 printable characters")
+        name = normalize_name(name)
         if self.annotators == 1:
             raise Refusal(400, "one person labels this run, without a name")
-        name = " ".join(name.split())
         with self._changed:
             names = {n for question in self._by_key.values() for n in question.answers}
-        people = {n.casefold(): n for n in names if not n.startswith(NOBODY)}
-        if name.casefold() not in people and len(people) >= self.annotators:
+        people = {fold(n): n for n in names if not n.startswith(NOBODY)}
+        if fold(name) not in people and len(people) >= self.annotators:
             taken = ", ".join(sorted(people.values()))
             raise Refusal(403, f"All {self.annotators} places are taken, by {taken}. Thank you!")
-        return people.get(name.casefold(), name)
+        return people.get(fold(name), name)
 
     def _keep(self, question: Question, name: str | None, answer, **more) -> None:
         annotator = {} if name is None else {"annotator": name}
@@ -230,6 +267,21 @@ class Questions:
             return self._by_key[key]
 
 
+def normalize_name(name) -> str:
+    """A name in NFC with single spaces. Raises Refusal for what cannot be read as one."""
+    if isinstance(name, str) and not any(unicodedata.category(sign) == "Cc" for sign in name):
+        name = unicodedata.normalize("NFC", " ".join(name.split()))
+        visible = any(unicodedata.category(sign)[0] in "LNPS" for sign in name)
+        if visible and name.translate(JOINERS).isprintable() and len(name) <= 40:
+            return name
+    raise Refusal(400, "a name has 1 to 40 letters, digits or signs")
+
+
+def fold(name: str) -> str:
+    """What two ways to write a name have in common."""
+    return unicodedata.normalize("NFC", name).casefold()
+
+
 def decide(questions: list[Question]) -> tuple[list[dict], float]:
     """The rows of questions with the majority's answers, and Fleiss' kappa of all answers."""
     votes = [[v for v in q.answers.values() if v is not None] for q in questions]
@@ -246,7 +298,9 @@ class AnnotationServer:
     run: the folder with labels.jsonl and images/. annotators: answers that each question needs,
     from as many people. seed: of left and right. port: None for the first free one from 7860.
     guide: what the page asks; None for its own words. story: of a blind test, the run whose images
-    before and after training the page shows. `finished`: somebody wants the run to end.
+    before and after training the page shows. public_url: the one other address at which the page
+    may be opened, through a proxy; UserError if it is none. `finished`: somebody wants the run to
+    end.
     """
 
     def __init__(
@@ -258,11 +312,13 @@ class AnnotationServer:
         port: int | None = None,
         guide: str | None = None,
         story: Path | None = None,
+        public_url: str | None = None,
     ):
         self.run, self.annotators, self.seed, self.port = run, annotators, seed, port
         self.guide, self.story, self._blind = guide, story or run, story is not None
         self.file, self.url, self.kappa = run / "labels.jsonl", None, math.nan
-        self.finished, self._progress = False, {}
+        self.public = parse_public_url(public_url) if public_url else None
+        self.finished, self._progress, self._answers = False, {}, 0
         self._questions: Questions | None = None
         self._said = {}  # what the page says while it has no question
         self._server = self._thread = None
@@ -271,9 +327,9 @@ class AnnotationServer:
         """Wait until each question has its answers; return the questions as the majority answers.
 
         questions: lines of labels.jsonl, of one epoch, whose answer is null. Those that nobody
-        wants to answer any more ("Train now") are skipped. progress: what the page shows of the
-        whole run: epoch, epochs, before (answers), total. Sets `kappa`. Raises UserError for a
-        labels.jsonl with flaws, and where no page can be opened.
+        wants to answer any more ("Train now") are skipped. progress: epoch (a person reads
+        "round") and epochs, of which this is one; None in a blind test. Sets `kappa`. Raises
+        UserError for a labels.jsonl with flaws, and where no page can be opened.
         """
         self._progress = progress or {}
         if not questions:
@@ -283,37 +339,60 @@ class AnnotationServer:
         answered = self._wait_for_people(asked, questions) if asked.missing else asked.close()
         rows, self.kappa = decide(answered)
         if self.annotators > 1 and not any(map(labels.has_preference, rows)):
-            words = "you agree on no question, so there is nothing to train on"
-            self.status(f"Epoch {rows[0]['epoch']}: {words}")
-            tqdm.write(self._said["status"])
+            self.status("You agree on no question, so there is nothing to train on")
+            tqdm.write(f"{self._name_round(questions)}: people agree on no question")
         return rows
 
     def status(self, text: str) -> None:
         """What the page says while it has no question, beside what the run has shown so far."""
-        self._said = {"status": text, "ended": False, "code": None, **read_story(self.story)}
+        self._said = {"status": text, "ended": False, "training": False, "code": None}
+        self._said |= {"report": None, **read_story(self.story)}
 
     def close(self, farewell: str = FAREWELL, code: str | None = None) -> None:
-        """Tell open pages how the run has ended, with code that uses it, and serve no more."""
+        """Tell open pages how the run has ended, and serve no more.
+
+        farewell: a line of result; further lines become a list, of which "name: value" shows the
+        value, a path or a command, as it is. code: Python that uses the LoRA. The pages keep both,
+        and the run's report.html, until people close them.
+        """
         if self._server is not None:
+            report = self.story / "report.html"
             self.status(farewell)
             self._said |= {"ended": True, "code": code}
+            self._said["report"] = report.read_text("utf-8") if report.exists() else None
             time.sleep(FAREWELL_SECONDS)
             self._server.should_exit = True
             self._thread.join()
             self._server = None
 
     def _wait_for_people(self, asked: Questions, rows: list[dict]) -> list[Question]:
-        epoch = rows[0]["epoch"]
         save_lines(self.run / "questions.jsonl", rows)
+        self._answers = count_answered(self.file, before=rows[0]["epoch"])
         self._questions = asked
-        self.status("Comparing" if self._blind else f"Training, epoch {epoch}")  # what comes next
+        self._say_what_comes()
         self._open()
-        what = "Blind test" if self._blind else f"Epoch {epoch}"
-        people = f"{self.annotators} to answer at {self.url}"
-        tqdm.write(f"{what}: {len(rows)} questions for {people}")
+        people = "1 person" if self.annotators == 1 else f"{self.annotators} people"
+        what = f"{self._name_round(rows)}: {len(rows)} questions for {people}"
+        tqdm.write(f"{what} to answer at {self.url}")
         answered = asked.wait()
         self.finished = asked.finished
+        self._answers = count_answered(self.file, before=rows[0]["epoch"] + 1)
+        self._say_what_comes()
         return answered
+
+    def _say_what_comes(self) -> None:
+        """What the page says from the last answer on."""
+        run = self._progress
+        words = f"Training, round {run['epoch']} of {run['epochs']}" if run else "Training"
+        if self.finished:
+            words = "Last training, then your result"
+        self.status("Counting the answers" if self._blind else words)
+        self._said["training"] = not self._blind
+
+    def _name_round(self, rows: list[dict]) -> str:
+        if self._blind:
+            return "Blind test"
+        return f"Round {self._progress.get('epoch', rows[0]['epoch'])}"
 
     def _open(self) -> None:
         if self._server is not None:
@@ -321,7 +400,8 @@ class AnnotationServer:
         listener = listen(self.port)
         port = listener.getsockname()[1]
         token = read_token(self.run / TOKEN_FILE)
-        self.url = f"http://127.0.0.1:{port}/{token}/"
+        address = self.public.url if self.public else f"http://127.0.0.1:{port}/"
+        self.url = f"{address}{token}/"
         page = HTMLResponse(Path(__file__).with_name("annotate.html").read_bytes())
         routes = [
             Route("/", page, methods=["GET"]),  # and HEAD
@@ -330,37 +410,39 @@ class AnnotationServer:
             Route("/held_out/{epoch:int}/{number:int}", self._get_held_out),
             self._post("answer", "id", "name", "answer"),
             self._post("undo", "id", "name"),
+            self._post("hold", "id"),
             self._post("end", "id", "end"),
         ]
         app = Starlette(routes=routes, exception_handlers={Refusal: error_response})
         app.router.redirect_slashes = False
-        app.add_middleware(GuardMiddleware, token=token)
-        app.add_middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost"])
+        app.add_middleware(GuardMiddleware, token=token, public=self.public)
         http = {"http": "h11", "ws": "none", "lifespan": "off"}  # h11 refuses two Host headers
-        quiet = {"log_config": None, "log_level": "error", "timeout_graceful_shutdown": 1}
+        quiet = {"log_config": None, "log_level": "error", "timeout_graceful_shutdown": 5}
         config = uvicorn.Config(app, headers=SECURITY_HEADERS, **http, **quiet)
         self._server = uvicorn.Server(config)
         self._thread = threading.Thread(target=self._server.run, args=([listener],), daemon=True)
         self._thread.start()
-        tqdm.write(f"From another machine: ssh -L {port}:127.0.0.1:{port} THIS-MACHINE")
+        away = f"ssh -L {port}:127.0.0.1:{port} THIS-MACHINE"
+        if self.public:
+            away = f"{self.public.url} must lead to 127.0.0.1:{port} of this machine"
+        tqdm.write(f"From another machine: {away}")
 
     async def _get_state(self, request: Request):
         asked = self._questions
         name = asked.check_name(request.query_params.get("name") or None)
-        last, missing = asked.last(name), asked.missing
-        then = "The result comes" if self._blind else "Training starts"
         state = {
             "questions": asked.of_person(name),
+            "missing": asked.missing,
+            "last": asked.last(name),
+            "seconds_left": asked.seconds_left,
+            "answers": self._answers + asked.answered,
             "named": self.annotators > 1,
             "guide": self.guide,
-            "last": last,
+            "blind": self._blind,
+            "finished": self.finished,
             "progress": self._progress,
             **self._said,
         }
-        if last:
-            state["status"] = f"Thank you. {then} in a moment."
-        elif missing:
-            state["status"] = f"Thank you. Others have {missing} answers to give."
         return JSONResponse(state, headers={"Cache-Control": "no-store"})
 
     async def _get_image(self, request: Request):
@@ -389,26 +471,58 @@ def check_images(run: Path, questions: list[dict]) -> None:
             raise ValueError(f"{image} is not in {folder}")
 
 
-class GuardMiddleware:
-    """Refuses who lacks the token, and what a page of another site sends.
+class PublicUrl(NamedTuple):
+    url: str  # with a slash at its end
+    origin: str  # scheme, host and port as a browser sends them
+    host: str
+    port: str  # ":443", which a browser leaves out of both, or the like
+    prefix: str  # path that a proxy takes off, or not
 
-    A browser puts that site's name into Origin. The token is taken off the path.
+
+def parse_public_url(url: str) -> PublicUrl:
+    """The address of --public-url. Raises UserError for what is none."""
+    match = PUBLIC_URL.fullmatch(url)
+    if not match:
+        example = "https://hub.example.org/user/ann/proxy/7860/"
+        raise UserError(f"--public-url {url}: give the address of the page, such as {example}")
+    scheme, host, port, path = match.groups(default="")
+    scheme, path = scheme.lower(), path.rstrip("/")
+    default = {"http": ":80", "https": ":443"}[scheme]
+    host = (host + port).lower().removesuffix(default)
+    origin = f"{scheme}://{host}"
+    return PublicUrl(f"{origin}{path}/", origin, host, default, unquote(path))
+
+
+class GuardMiddleware:
+    """Refuses requests without the token, and those that a page of another site sends.
+
+    A browser puts that site's name into Origin, or into Host. The token is taken off the path.
     """
 
-    def __init__(self, app, token: str):
-        self.app, self.token = app, token.encode()
+    def __init__(self, app, token: str, public: PublicUrl | None):
+        self.app, self.token, self.public = app, token.encode(), public
 
     async def __call__(self, scope, receive, send):
-        headers = Request(scope).headers
-        own = f"http://{headers['host']}"
-        token, slash, path = scope["path"].removeprefix("/").partition("/")
+        request, path, public = Request(scope), scope["path"], self.public
+        host = request.headers.get("host", "").lower()
+        origins = {f"http://{host}"} if LOCAL_HOST.fullmatch(host) else set()
+        if public:
+            is_public = host.removesuffix(public.port) == public.host
+            origins |= {public.origin} if origins or is_public else set()
+            if path.startswith(f"{public.prefix}/"):
+                path = path.removeprefix(public.prefix)
+        token, slash, path = path.removeprefix("/").partition("/")
         refusal = None
         if not secrets.compare_digest(token.encode(), self.token) or not slash:
-            refusal = "open the whole address that the program printed: it has a token"
-        if any(origin != own for origin in headers.getlist("origin")):
-            refusal = "requests of other sites are refused"
+            refusal = 403, "open the whole address that the program printed: it has a token"
+        if not origins.issuperset(request.headers.getlist("origin")):
+            address = "a page at another address sends this"
+            refusal = 403, f"{address}: if you opened it there, start with --public-url {ADDRESS}"
+        if not origins:
+            refusal = 400, f"this address is not let in: start with --public-url {ADDRESS}"
         if refusal:
-            await JSONResponse({"error": refusal}, 403)(scope, receive, send)
+            response = await error_response(request, Refusal(*refusal))
+            await response(scope, receive, send)
         else:
             await self.app({**scope, "path": f"/{path}"}, receive, send)
 
@@ -423,8 +537,9 @@ def read_token(file: Path) -> str:
 def read_story(run: Path) -> dict:
     """What a run has shown so far, for its page.
 
-    shown: addresses of held-out images before and now; agreement: [epoch, share of its answers
-    that the model would have given before it was trained on them]; warnings of the last epoch.
+    shown: addresses of held-out images before and now; agreement: of the last round of pairs, how
+    many answers the model would have given (`right`) before it was trained on them, `of` how many;
+    seconds: of the trainings; warnings of the last epoch.
     """
     rows = read_lines(run / "metrics.jsonl")
     drawn = [row["epoch"] for row in rows if held_out_file(run, row["epoch"], 0).exists()]
@@ -432,12 +547,23 @@ def read_story(run: Path) -> dict:
         [f"held_out/{epoch}/{n}" for n in held_out_numbers(run, epoch)]
         for epoch in ((0, drawn[-1]) if drawn else ())
     ]
-    known = [[row["epoch"], row["accuracy"]] for row in rows if row["accuracy"] is not None]
+    rounds = [row for row in rows if row.get("preferences") is not None]  # no pass over --labels
+    agreement = None
+    if rounds and rounds[-1].get("accuracy") is not None and rounds[-1].get("bad_share") is None:
+        share, count = rounds[-1]["accuracy"], rounds[-1]["preferences"]
+        agreement = {"round": len(rounds), "right": round(share * count), "of": count}
     return {
         "shown": shown,
-        "agreement": known,
+        "agreement": agreement,
+        "seconds": [row["seconds_train"] for row in rounds],
         "warnings": rows[-1].get("warnings", []) if rows else [],
     }
+
+
+def count_answered(file: Path, before: int) -> int:
+    """Questions of earlier epochs than this that have an answer and are not only skipped."""
+    rows = [row for row in read_lines(file) if row["epoch"] < before]
+    return len({tuple(row["images"]) for row in rows if row[labels.answer_field(row)] is not None})
 
 
 def image_response(file: Path | None) -> FileResponse:
@@ -447,6 +573,8 @@ def image_response(file: Path | None) -> FileResponse:
 
 
 async def error_response(request: Request, error: Refusal):
+    if "text/html" in request.headers.get("accept", ""):  # a person opened this
+        return PlainTextResponse(error.detail, error.status_code, error.headers)
     return JSONResponse({"error": error.detail}, error.status_code, error.headers)
 
 

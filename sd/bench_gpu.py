@@ -17,6 +17,7 @@ import gc
 import re
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from importlib import metadata
@@ -223,7 +224,7 @@ def agreement(architecture: Architecture, device: str, precision: str) -> Lines:
         output_type="latent",
         callback_on_step_end=keep,
     )
-    schedule = d3po.make_schedule(setup.model.policy.alpha_bars.cpu(), T, eta=0.0)
+    schedule = d3po.make_schedule(setup.model.policy.alpha_bars.cpu(), T, eta=1e-4)  # without noise
     errors, before = [], x_T.float()
     for i, after in enumerate(states):
         with torch.no_grad():
@@ -295,21 +296,23 @@ def measure(
         raise OutOfTime
 
     signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, 60 * minutes)
-    is_over = False
+    end = time.monotonic() + 60 * minutes
     for part, lines in parts.items():
-        problem = NO_TIME if is_over else None
+        free()
+        left, problem = end - time.monotonic(), None
         try:
-            for what, measured in () if is_over else lines():
-                show({"part": part, "what": what, "measured": measured})
+            signal.setitimer(signal.ITIMER_REAL, max(left, 1e-3))
+            try:
+                for what, measured in lines():
+                    show({"part": part, "what": what, "measured": measured})
+            finally:
+                signal.setitimer(signal.ITIMER_REAL, 0)
         except OutOfTime:
-            problem, is_over = NO_TIME, True
+            problem = NO_TIME
         except Exception as error:  # of any kind: it is what this part has to say
             problem = f"failed: {type(error).__name__}: {' '.join(str(error).split()):.150}"
         if problem:
             show({"part": part, "what": "", "measured": problem})
-        free()
-    signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from sd import UserError, figures, files
+from sd import UserError, figures, files, report
 from sd.labellers import open_page, result_paths, save_for_people
 from sd.labels import read_labels
 from sd.metrics import EvalResult, mean_and_error, win_rate, win_rate_vs_reference
@@ -63,14 +63,20 @@ def compare_with_initial(evaluator: Evaluator, folder: Path, *, epoch: int, code
     if args.by_people:
         result = blind_test(args, tuned, initial, folder=folder, epoch=epoch, code=code)
     else:
-        result = win_rate_vs_reference(tuned, initial)
-    result = {"objective": args.row()["objective"], **result}
-    files.save_json(folder / "evaluation.json", result)
+        result = {"objective": args.row()["objective"], "epoch": epoch}
+        result |= win_rate_vs_reference(tuned, initial)
+    keep_result(result, folder, epoch=epoch, code=code)
     stock_initial, stock_tuned = (evaluator.evaluate_stock(denoiser) for denoiser in both)
     result["stock"] = win_rate_vs_reference(stock_tuned, stock_initial)
-    files.save_json(folder / "evaluation.json", result)
+    keep_result(result, folder, epoch=epoch, code=code)
     figures.draw_pairs(stock_initial.images, stock_tuned.images, folder / "evaluation_stock.png")
     return result
+
+
+def keep_result(result: dict, folder: Path, *, epoch: int, code: str) -> None:
+    """Write evaluation.json, and the report with it."""
+    files.save_json(folder / "evaluation.json", result)
+    report.write(folder, epoch, code)
 
 
 def blind_test(
@@ -105,18 +111,17 @@ def blind_test(
     if not h:
         page.close("Nothing was answered, so there is no result.")
         raise UserError("No question of the blind test was answered")
-    result = win_rate(torch.tensor(h))
-    low, high = result["win_rate_interval"]
-    page.close(
-        f"Thank you. The tuned model's image was better in {result['win_rate']:.0%} of {len(h)} "
-        f"answers, ties half (95 % interval {low:.0%} to {high:.0%}). {result_paths(folder)}",
-        code,
-    )
     majorities = [2 * of_one.count(1) > len(of_one) for of_one in votes if of_one]
-    return {
+    result = {
+        "objective": args.objective,
+        "epoch": epoch,
         "annotators": args.annotators,
         "votes": sum(map(len, votes)),
         "skipped": len(rows) - len(h),
-        **result,
+        **win_rate(torch.tensor(h)),
         "more_than_half_of_votes": sum(majorities) / len(majorities),
     }
+    keep_result(result, folder, epoch=epoch, code=code)  # the page shows the report
+    sentences = report.evaluation_sentences(result, args.objective)
+    page.close("\n".join(["Thank you.", *sentences, *result_paths(folder)]), code)
+    return result

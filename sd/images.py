@@ -5,6 +5,7 @@ Gray of 16 or 32 bits and floats are scaled to 0 ... 255 by the range of their m
 animation, or a file of several pages, the first image counts that is not all of one colour.
 """
 
+import functools
 import hashlib
 import io
 import os
@@ -133,3 +134,10 @@ def spellings(name: str) -> dict[str, None]:
     """A name as it stands, then with letters composed or decomposed, then without backslashes."""
     forms = [name, *(normalize(form, name) for form in ("NFC", "NFD"))]
     return dict.fromkeys([*forms, *(form.replace("\\", "/") for form in forms)])
+
+
+@functools.cache
+def image_suffixes() -> set[str]:
+    """Of the images that Pillow can read."""
+    formats = Image.registered_extensions()
+    return {suffix for suffix, name in formats.items() if name in Image.OPEN}

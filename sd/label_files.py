@@ -42,25 +42,20 @@ image come into one group, as long as it has at most MAX_GROUP images; more imag
 dealt out by quality, so that each group has good ones and bad ones.
 """
 
-import functools
 import itertools
 import math
 import os
-import textwrap
 from collections import defaultdict
-from collections.abc import Hashable, Iterator
-from pathlib import Path, PurePath
-from typing import Any, NamedTuple
+from collections.abc import Hashable
+from pathlib import Path
+from typing import NamedTuple
 from unicodedata import normalize
-from urllib.parse import unquote
 
-from PIL import Image
 from tqdm import tqdm
 
 from sd import UserError, tables
-from sd.images import ImageStore, spellings
-from sd.labels import validate_answer
-from sd.prompts import parse_prompt
+from sd.images import ImageStore, image_suffixes, spellings
+from sd.label_forms import Vote, parse_row
 
 MAX_GROUP = 8  # images trained on together
 EPOCH_GROUPS = 16  # in an epoch at most, so that a run can stop within a pass over a large file
@@ -121,26 +116,6 @@ def count_with_example(names: tuple) -> str:
     return f"{len(names)} (such as {names[0]})" if names else "0"
 
 
-class Vote(NamedTuple):
-    """One answer about images of one prompt."""
-
-    prompt: str
-    images: list[str | bytes]  # names, or the images themselves
-    quality: list[float] | None  # of each image, greater is better; None: skipped
-    person: Hashable = None  # a later vote with the same one is a correction
-    list_id: Hashable = None  # votes with the same one are parts of one list
-
-    def is_preference(self) -> bool:
-        return self.quality is not None and len({*self.quality}) > 1
-
-    def describe(self) -> str:
-        best, worst = (
-            self.images[self.quality.index(end)] for end in (max(self.quality), min(self.quality))
-        )
-        prompt = textwrap.shorten(self.prompt, 80, placeholder="...")
-        return f"{prompt}: {best} is better than {worst}"
-
-
 def read_label_file(path: Path, images: Path | None = None, cache: Path | None = None) -> LabelFile:
     """The groups of a label file or folder.
 
@@ -157,7 +132,8 @@ def read_label_file(path: Path, images: Path | None = None, cache: Path | None =
     except ValueError as error:
         raise UserError(str(error)) from error
     if not votes:
-        raise UserError(f"{path}: there are no rows; sd/label_files.py says what they look like")
+        kind = "images in w/ and l/" if is_folder else "rows"
+        raise UserError(f"{path}: there are no {kind}; sd/label_files.py says what is read")
 
     preferences = [(where, vote) for where, vote in votes if vote.is_preference()]
     skipped = sum(vote.quality is None for _, vote in votes)
@@ -234,13 +210,6 @@ def folder_rows(folder: Path) -> tuple[list[tuple[str, dict]], list[Path]]:
     return rows, sorted(itertools.chain(others, *prompts.values()))
 
 
-@functools.cache
-def image_suffixes() -> set[str]:
-    """Of the images that Pillow can read."""
-    formats = Image.registered_extensions()
-    return {suffix for suffix, name in formats.items() if name in Image.OPEN}
-
-
 def collect_votes(rows: tables.Rows, store: ImageStore) -> tuple[list[tuple[str, Vote]], int]:
     """The votes that count, each with its place, and how many others were corrected.
 
@@ -248,7 +217,7 @@ def collect_votes(rows: tables.Rows, store: ImageStore) -> tuple[list[tuple[str,
     """
     votes: dict[Hashable, tuple[str, Vote]] = {}
     corrections = 0
-    for where, row in rows:
+    for where, row in tqdm(rows, "read labels", unit=" rows", delay=2):
         try:
             for vote in parse_row(row):
                 vote = store_images(vote, where, store)
@@ -274,165 +243,11 @@ def store_images(vote: Vote, where: str, store: ImageStore) -> Vote:
 
 def continue_list(ranked: Vote, vote: Vote) -> Vote:
     if ranked.prompt != vote.prompt:
-        _, name, *_ = vote.list_id
+        name, _ = vote.list_id
         raise ValueError(f"prompt_id {name:.60} had another prompt before; give it only one")
     ranked.images.extend(vote.images)
     ranked.quality.extend(vote.quality)
     return ranked
-
-
-def parse_row(row: Any) -> Iterator[Vote]:
-    """The votes of a row. Raises ValueError."""
-    if not isinstance(row, dict):
-        raise ValueError('this is no JSON object such as {"prompt": ...}')
-    forms = [form for form in FORMS if row.keys() >= {*form}]
-    if len(forms) != 1:
-        sets = "; ".join(", ".join(form) for form in FORMS)
-        raise ValueError(f"its columns are {', '.join(row):.200}; give one of these sets: {sets}")
-    return FORMS[forms[0]](row, *forms[0])
-
-
-# The forms: each takes a row and the names of its columns
-
-
-def parse_answer(row: dict, images: str, field: str) -> Iterator[Vote]:
-    names, answer, person = parse_images(row[images]), row[field], row.get("annotator")
-    if field == "h" and len(names) != 2:
-        raise ValueError(f"'h' compares two images, but 'images' has {len(names)}")
-    if isinstance(answer, float) and answer.is_integer():
-        answer = int(answer)  # as pandas writes it
-    if problem := validate_answer({"images": names, field: None}, answer):
-        raise ValueError(problem)
-    if not isinstance(person, str | None):
-        raise ValueError(f"'annotator' is {person!r:.60}, which is no name")
-    quality = answer
-    if answer is not None:
-        quality = [answer, 0] if field == "h" else [not bad for bad in answer]
-    prompt = parse_prompt(row)
-    yield Vote(prompt, names, quality, person=(field, prompt, frozenset(names), person))
-
-
-def parse_list(row: dict, images: str, numbers: str) -> Iterator[Vote]:
-    names = parse_images(row[images])
-    quality = parse_numbers(row[numbers], len(names), numbers)
-    if quality and numbers == "rank":
-        quality = [-rank for rank in quality]
-    yield Vote(parse_prompt(row), names, quality)
-
-
-def parse_image_path(row: dict, images: str, rank: str) -> Iterator[Vote]:
-    """A list, or one image of a list that prompt_id names."""
-    if isinstance(row[images], list) or "prompt_id" not in row:
-        yield from parse_list(row, images, rank)
-        return
-    name = row["prompt_id"]
-    if type(name) not in (str, int, float):
-        raise ValueError(f"'prompt_id' is {name!r:.60}; give a text or a number")
-    quality = [-place for place in parse_numbers([row[rank]], 1, rank)]
-    list_id = ("prompt_id", str(name), str(row.get("annotator")))
-    yield Vote(parse_prompt(row), [parse_image(row[images])], quality, list_id=list_id)
-
-
-def parse_labels(
-    row: dict, image_0: str, image_1: str, label_0: str, label_1: str
-) -> Iterator[Vote]:
-    names, quality = parse_images([row[image_0], row[image_1]]), None
-    if row.get("has_label", True) not in (True, False):
-        raise ValueError(f"'has_label' is {row['has_label']!r:.60}; give true or false")
-    if row.get("has_label", True):
-        quality = parse_numbers([row[label_0], row[label_1]], 2, label_0)
-    yield Vote(parse_prompt(row), names, quality)
-
-
-def parse_chosen(row: dict, chosen: str, rejected: str) -> Iterator[Vote]:
-    yield Vote(parse_prompt(row), parse_images([row[chosen], row[rejected]]), [1, 0])
-
-
-def parse_label_studio(row: dict, data: str, annotations: str) -> Iterator[Vote]:
-    """A task with the annotations of one person or more."""
-    try:
-        for annotation in row[annotations] or [{"result": []}]:
-            results = [] if annotation.get("was_cancelled") else annotation["result"]
-            choices = [each for each in results if each["type"] == "pairwise"] or [{}]
-            chosen = choices[0].get("value", {}).get("selected")
-            sides = choices[0].get("to_name", "").split(",")
-            yield choice_vote(row[data], chosen, sides)
-    except (AttributeError, KeyError, TypeError) as error:
-        raise ValueError(f"this is no task as Label Studio exports it ({error!r})") from error
-
-
-def parse_label_studio_table(row: dict, _: str) -> Iterator[Vote]:
-    values = [v.get("selected") if isinstance(v, dict) else v for v in row.values()]
-    chosen = [value for value in values if value in ("left", "right")] or [None]
-    yield choice_vote(row, chosen[0], [])
-
-
-def choice_vote(task: dict, chosen: str | None, sides: list[str]) -> Vote:
-    """sides: the columns of the left and the right image, if they are called so."""
-    if len(sides) != 2 or not {*sides} <= task.keys():
-        suffixes = tuple(image_suffixes())
-        images = [
-            name
-            for name, value in task.items()
-            if isinstance(value, str) and value.lower().endswith(suffixes)
-        ]
-        sides = sorted(images, key=lambda name: "right" in name.lower())
-    if len(sides) != 2 or chosen not in ("left", "right", None):
-        raise ValueError(f"{chosen!r:.60} was chosen of the images {sides!r:.200}; give two")
-    quality = chosen and [chosen == "left", chosen == "right"]
-    return Vote(parse_prompt(task), parse_images([task[side] for side in sides]), quality)
-
-
-FORMS = {
-    ("images", "h"): parse_answer,
-    ("images", "bad"): parse_answer,
-    ("images", "rank"): parse_list,
-    ("image_0", "image_1", "label_0", "label_1"): parse_labels,
-    ("jpg_0", "jpg_1", "label_0", "label_1"): parse_labels,
-    ("chosen", "rejected"): parse_chosen,
-    ("path1", "path2"): parse_chosen,
-    ("file_path", "human_preference"): parse_list,
-    ("image_path", "human_preference"): parse_list,
-    ("image_path", "rank"): parse_image_path,
-    ("data", "annotations"): parse_label_studio,
-    ("annotation_id",): parse_label_studio_table,
-}
-
-
-def parse_images(names: Any) -> list[str | bytes]:
-    """The images of one comparison. Raises ValueError."""
-    if isinstance(names, str):
-        names = tables.parse_cell(names, True)
-    if not isinstance(names, list) or not names:
-        raise ValueError(f"'images' is {names!r:.60}; give names of files as a JSON list")
-    return [parse_image(name) for name in names]
-
-
-def parse_image(image: Any) -> str | bytes:
-    """The name of an image, or its bytes. Raises ValueError."""
-    if isinstance(image, dict):  # as the datasets library writes it
-        data = image.get("bytes")
-        image = data if isinstance(data, bytes) else image.get("path", image)
-    if isinstance(image, bytes) and image:
-        return image
-    data = ("b'", 'b"', "{'", '{"')  # bytes or objects that became text
-    if not isinstance(image, str) or not image.strip() or image.startswith(data):
-        raise ValueError(f"an image is {image!r:.60}; save images as files and give their paths")
-    for start in ("/data/local-files/?d=", "/data/upload/", "file://"):
-        if image.startswith(start):
-            return unquote(image.removeprefix(start))
-    if "://" in image:
-        raise ValueError(f"an image is {image!r:.200}, in the web; save it and give its path")
-    return str(PurePath(image))
-
-
-def parse_numbers(values: Any, count: int, field: str) -> list[float] | None:
-    if values is None:
-        return None
-    good = isinstance(values, list) and len(values) == count
-    if not good or any(type(v) not in (int, float) or not abs(v) < math.inf for v in values):
-        raise ValueError(f"'{field}' gives {values!r:.60}; give {count} numbers, one an image")
-    return values
 
 
 def split_by_quality(quality: dict[Path, float]) -> list[list[Pair]]:

@@ -106,13 +106,7 @@ class PeopleLabeller:
     def ask(self, rows: list[dict]) -> list[dict] | None:
         """The answered rows; None where people end the run before they answer any of them."""
         number = rows[0]["epoch"] - self.label_epochs
-        progress = {
-            "epoch": number,
-            "epochs": self.rounds,
-            "total": self.rounds * len(rows),
-            "before": (number - 1) * len(rows),
-            "asked": len(rows),
-        }
+        progress = {"epoch": number, "epochs": self.rounds}
         answered = self.page.ask(rows, progress)
         if self.page.annotators > 1:
             tqdm.write(
@@ -129,12 +123,18 @@ class PeopleLabeller:
 def open_page(args: Settings, folder: Path, *, story: Path | None = None) -> AnnotationServer:
     """The page for people of a run, which opens with its first question."""
     return AnnotationServer(
-        folder, args.annotators, args.seed, port=args.port, guide=args.question, story=story
+        folder,
+        args.annotators,
+        args.seed,
+        port=args.port,
+        guide=args.question,
+        story=story,
+        public_url=args.public_url,
     )
 
 
-def result_paths(run: Path) -> str:
-    return f"The LoRA is in {run / 'lora'}; the report is {run / 'report.html'}."
+def result_paths(run: Path) -> list[str]:
+    return [f"LoRA: {run / 'lora'}", f"Report: {run / 'report.html'}"]
 
 
 def save_for_people(image: Image.Image, file: Path) -> None:

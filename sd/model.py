@@ -10,23 +10,24 @@ At eta = 0 DDIM's step there is Euler's step, and log-ratios are those of the fl
 
 import os
 from collections.abc import Callable
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import AutocastKwargs, InitProcessGroupKwargs
 from diffusers import (
     DDIMScheduler,
     DiffusionPipeline,
     SchedulerMixin,
-    StableDiffusionXLPipeline,
 )
 from diffusers.training_utils import cast_training_params
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -52,6 +53,7 @@ STOCK_IMAGES = 16  # a stock call takes 50 steps, guided
 # take 1 GB in fp16, less than an update's; a CPU is as fast from 8 rows of the emoji model on
 ELEMENTS_WITHOUT_GRADIENT = 2**18
 WORLD_SIZES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
+SHARDED = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_MEGATRON_LM")
 # Beyond these, float32 log-ratios lose their meaning
 MIN_ALPHA_BAR = 1e-6
 MIN_SIGMA, MAX_SIGMA = 0.005, 0.999  # of a flow
@@ -70,22 +72,50 @@ def lora_off(network: nn.Module):
 def make_accelerator(precision: str, device: str = "auto") -> Accelerator:
     """On this device, by default the best one that there is.
 
-    Raises UserError where a launcher started processes that would not find each other: each would
-    take itself for the only one.
+    Settings of accelerate's own that would change the training do not count. Raises UserError for
+    a launcher that shards the model, or whose processes would not find each other: each would take
+    itself for the only one.
     """
-    handlers = [
-        AutocastKwargs(enabled=False),  # the LoRA's layers cast for themselves
-        InitProcessGroupKwargs(timeout=timedelta(days=30)),  # people take their time
-    ]
-    mixed = "fp16" if precision == "fp16" else "no"
-    accelerator = Accelerator(cpu=device == "cpu", mixed_precision=mixed, kwargs_handlers=handlers)
+    for name in SHARDED:
+        if os.environ.get(name, "").lower() in ("1", "true"):
+            raise UserError(f"{name} is set, but a LoRA needs no sharding: launch with --multi_gpu")
+    accelerator = Accelerator(
+        cpu=device == "cpu",
+        mixed_precision="fp16" if precision == "fp16" else "no",
+        dynamo_backend="no",
+        kwargs_handlers=[
+            AutocastKwargs(enabled=False),  # the LoRA's layers cast for themselves
+            InitProcessGroupKwargs(timeout=timedelta(days=30)),  # people take their time
+        ],
+    )
+    accelerator.gradient_accumulation_steps = 1
     for name in WORLD_SIZES:
         size = os.environ.get(name, "1")
         if size not in ("1", str(accelerator.num_processes)):
             processes = f"this is 1 process of {accelerator.num_processes}"
             remedy = f"on CPUs use torchrun and --device cpu, else unset {name}"
             raise UserError(f"{name} is {size}, but {processes}: {remedy}")
+    # On CUDA what is float32 beside fp16, such as SDXL's VAE, may be rounded like it; fp32 is exact
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision != "fp32"
     return accelerator
+
+
+class LoraMatrix(nn.Linear):
+    """One of a LoRA's: float32 for the optimizer, in the network's precision for a pass."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+def add_lora(network: nn.Module, rank: int) -> None:
+    """Give a network a LoRA, which is all of it that is trained."""
+    network.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=LORA_TARGETS))
+    cast_training_params(network, torch.float32)
+    for layer in network.modules():
+        if isinstance(layer, LoraLayer):
+            layer.cast_input_dtype_enabled = False
+            for matrix in (*layer.lora_A.values(), *layer.lora_B.values()):
+                matrix.__class__ = LoraMatrix
 
 
 class RunningAverage:
@@ -146,6 +176,20 @@ class PipelinePolicy:
         self.network, self.conditioning = network, conditioning
         self.guidance_scale, self.prediction = guidance_scale, prediction
         self.alpha_bars, self.reference, self.on_call = alpha_bars, reference, on_call
+        self.is_applied = False
+
+    @contextmanager
+    def applied(self):
+        """Inside, the network is this denoiser's: a switch takes longer than a layer, 27 ms."""
+        if self.is_applied or not self.reference:
+            yield
+            return
+        self.is_applied = True
+        try:
+            with lora_off(self.network):
+                yield
+        finally:
+            self.is_applied = False
 
     def __call__(self, x: Tensor, time: Tensor, cond: Tensor) -> Tensor:
         conditioning, halves = self.conditioning, self.conditioning.halves
@@ -157,7 +201,7 @@ class PipelinePolicy:
         states = states.to(conditioning.latents.dtype).repeat(halves, *[1] * (x.ndim - 1))
         inputs = conditioning.batch(cond)
         inputs["timestep"] = (conditioning.time_unit * time).repeat(halves)
-        with lora_off(self.network) if self.reference else nullcontext():
+        with self.applied():
             output = self.network(states, **inputs)[0].float()
         self.on_call()
         if halves == 2:
@@ -199,10 +243,11 @@ class Model(NamedTuple):
         size = self.images_without_gradient
         x, log_prob = (tensor.split(size, 1) for tensor in batch.trajectory)
         trajectories = map(d3po.Trajectory, x, log_prob)
-        parts = [
-            d3po.trajectory_log_prob(denoiser, self.schedule, trajectory, cond)
-            for trajectory, cond in zip(trajectories, batch.cond.split(size), strict=True)
-        ]
+        with denoiser.applied():
+            parts = [
+                d3po.trajectory_log_prob(denoiser, self.schedule, trajectory, cond)
+                for trajectory, cond in zip(trajectories, batch.cond.split(size), strict=True)
+            ]
         return torch.cat(parts, 1)
 
     def save_lora(self, folder: Path) -> None:
@@ -291,9 +336,6 @@ def load_model(
     pipe.set_progress_bar_config(disable=True)
     with suppress(NotImplementedError):  # not all can
         pipe.vae.enable_slicing()
-    overflows = pipe.vae.dtype == torch.float16 and pipe.vae.config.force_upcast
-    if isinstance(pipe, StableDiffusionXLPipeline) and overflows:
-        pipe.vae.float()  # as the stock pipeline does
     call = {"num_inference_steps": args.num_steps, "guidance_scale": args.guidance_scale}
     size = {"height": args.height, "width": args.width}
     numbered = numbered or prompts
@@ -302,9 +344,7 @@ def load_model(
 
     network = conditioning.network
     torch.manual_seed(args.seed)
-    lora = LoraConfig(r=args.lora_rank, lora_alpha=args.lora_rank, target_modules=LORA_TARGETS)
-    network.add_adapter(lora)  # the network's own weights need no gradient from here
-    cast_training_params(network, torch.float32)
+    add_lora(network, args.lora_rank)
     if args.gradient_checkpointing:
         network.enable_gradient_checkpointing()
     as_policy = partial(
@@ -315,15 +355,17 @@ def load_model(
         prediction=prediction,
         on_call=on_call,
     )
+    wrapped = accelerator.prepare(network)
+    vars(network).pop("forward", None)  # accelerate's, whose output is float32, unlike stock's
     return Model(
         pipe=pipe,
         stock_scheduler=stock_scheduler,
         network=network,
         conditioning=conditioning,
-        policy=as_policy(accelerator.prepare(network)),
+        policy=as_policy(wrapped),
         sampler=as_policy(network),
         reference=as_policy(network, reference=True),
-        schedule=schedule,
+        schedule=schedule._replace(timesteps=schedule.timesteps.to(accelerator.device)),
         prompts=prompts,
         eval_prompts=torch.tensor([numbered.index(prompt) for prompt in eval_prompts or prompts]),
         lora=[p for p in network.parameters() if p.requires_grad],
@@ -346,6 +388,21 @@ class Batch(NamedTuple):
         K = self.images_per_prompt
         return [range(first, first + K) for first in range(0, len(self.images), K)]
 
+    def split(self, groups: int) -> list["Batch"]:
+        """Batches of so many groups."""
+        size = groups * self.images_per_prompt
+        x, log_prob = (tensor.split(size, 1) for tensor in self.trajectory)
+        return [
+            self._replace(
+                trajectory=d3po.Trajectory(x[n], log_prob[n]),
+                cond=cond,
+                prompts=self.prompts[n * size :][:size],
+                images=self.images[n * size :][:size],
+                files=self.files[n * size :][:size],
+            )
+            for n, cond in enumerate(self.cond.split(size))
+        ]
+
 
 def sample(
     model: Model,
@@ -353,27 +410,38 @@ def sample(
     prompts: Tensor,
     *,
     images_per_prompt: int,
-    generator: torch.Generator | list[torch.Generator],
+    generators: list[torch.Generator],
     trajectory: d3po.Trajectory | None = None,
 ) -> Batch:
     """K images from one x_T for each of the prompts, given by number (N,).   Alg. 1 lines 4-11.
 
-    generator: of the batch; or, with K = 1, one for each image, whatever batch it is in.
+    generators: one for each of the N K images, so that noise belongs to the image, whatever others
+    are sampled with it; the first one of a group draws x_T too.
     trajectory: of these images, where they were sampled before.
     Raises UserError where an image is not finite.
     """
-    device = model.network.device
-    cond = prompts.repeat_interleave(images_per_prompt).to(device)
+    K, size, device = images_per_prompt, model.images_without_gradient, model.network.device
+    cond = prompts.repeat_interleave(K).to(device)
     if trajectory is None:
-        if isinstance(generator, list):
-            x_T = torch.stack([torch.randn(model.latent_shape, generator=g) for g in generator])
-        else:
-            x_T = torch.randn(len(prompts), *model.latent_shape, generator=generator)
-        x_T = x_T.repeat_interleave(images_per_prompt, 0).to(device)
-        trajectory = d3po.rollout(denoiser, model.schedule, x_T, cond, generator)
-    texts = [model.conditioning.prompts[number] for number in cond.tolist()]
-    images = decode(model.pipe, trajectory.x[-1], model.conditioning, names=texts)
+        x_T = torch.stack([torch.randn(model.latent_shape, generator=g) for g in generators[::K]])
+        x_T = x_T.repeat_interleave(K, 0).to(device)
+        starts = range(0, len(cond), size)
+        with denoiser.applied():
+            parts = [
+                d3po.rollout(denoiser, model.schedule, x, numbers, generators[start : start + size])
+                for start, x, numbers in zip(starts, x_T.split(size), cond.split(size), strict=True)
+            ]
+        trajectory = join_chains(parts)
+    texts, images = [model.conditioning.prompts[number] for number in cond.tolist()], []
+    for start, x_0 in zip(range(0, len(texts), size), trajectory.x[-1].split(size), strict=True):
+        names = texts[start : start + size]
+        images += decode(model.pipe, x_0, model.conditioning, names=names)
     return Batch(trajectory, cond, texts, images, images_per_prompt)
+
+
+def join_chains(parts: list[d3po.Trajectory]) -> d3po.Trajectory:
+    """The chains of several batches as one."""
+    return d3po.Trajectory(*(torch.cat(tensors, 1) for tensors in zip(*parts, strict=True)))
 
 
 def sample_held_out(
@@ -384,17 +452,13 @@ def sample_held_out(
     Noise belongs to the image: number n has the same, however many are sampled together. Returns
     images, prompts, and with --max-kl the KL to the initial model in the steps trained.
     """
-    images, prompts, log_ratios = [], [], []
-    for part in torch.arange(args.eval_images).split(model.images_without_gradient):
-        numbers = model.eval_prompts[part % len(model.eval_prompts)]
-        noises = [seeded_generator(args.seed, purpose, n) for n in part.tolist()]
-        batch = sample(model, denoiser, numbers, images_per_prompt=1, generator=noises)
-        images += batch.images
-        prompts += batch.prompts
-        if args.max_kl and not denoiser.reference:
-            log_ratio = batch.trajectory.log_prob - model.log_prob(model.reference, batch)
-            log_ratios.append(log_ratio[: args.num_steps - args.skip_last].sum(0))
-    return images, prompts, torch.cat(log_ratios).mean().item() if log_ratios else None
+    numbers = model.eval_prompts[torch.arange(args.eval_images) % len(model.eval_prompts)]
+    noises = [seeded_generator(args.seed, purpose, n) for n in range(args.eval_images)]
+    batch = sample(model, denoiser, numbers, images_per_prompt=1, generators=noises)
+    if not args.max_kl or denoiser.reference:
+        return batch.images, batch.prompts, None
+    log_ratio = batch.trajectory.log_prob - model.log_prob(model.reference, batch)
+    return batch.images, batch.prompts, log_ratio[: args.trained_steps].sum(0).mean().item()
 
 
 def sample_stock(
@@ -413,7 +477,7 @@ def sample_stock(
     model.conditioning.move_text_encoders(model.network.device)
     pipe.scheduler = model.stock_scheduler
     try:
-        with lora_off(model.network) if denoiser.reference else nullcontext():
+        with denoiser.applied():
             for part in torch.arange(N).split(model.images_without_gradient):
                 noises = [
                     seeded_generator(args.seed, RandomPurpose.STOCK, n) for n in part.tolist()

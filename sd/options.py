@@ -1,7 +1,7 @@
 """The settings of a run: fields with their help and default, and the flags made from them.
 
-What was typed counts first, then the presets of --loss, of the recipe, of people and of the model,
-then the defaults. With --resume or --evaluate it is what was typed, then what the run has.
+What was typed counts first, then the presets of --recipe, the source of labels, --loss and the
+model, then the defaults. With --resume or --evaluate it is what was typed, then what the run has.
 """
 
 import argparse
@@ -9,6 +9,7 @@ import math
 import os
 import shlex
 import sys
+import textwrap
 from collections.abc import Callable
 from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
@@ -28,47 +29,27 @@ PEOPLE = ("human", "tags")  # objectives for which people answer on a page
 OF_PAIRS = ["chain", "eq14", "eq12"]  # the losses of d3po.py
 SCORED = ["reward-weighted", "ddpo", "dpok"]  # losses that see scores, not preferences
 LOSSES = [*OF_PAIRS, "sft", *SCORED, "diffusion-dpo"]
+METHOD = (
+    "The whole chain (--loss chain) for points, scores, people and files: it is exact, it is first "
+    "in the plane among the methods that see pairs, and its beta means the same for every model "
+    "and number of steps."
+)
 PAPER_BETA = 0.1  # of the mean over the D latent elements: 0.1 / D of the sum
 LABEL_PASSES = 4  # over --labels, where an objective follows
 
-# What measured best on the emoji model
-EMOJI_PRESETS = {
-    "epochs": 24,
-    "prompts_per_epoch": 4,
-    "images_per_prompt": 8,
-    "batch_size": 4,
+EMOJI_PRESETS = {  # sd/results/paper.md has the sweep
     "num_steps": 10,
     "guidance_scale": 1.0,
     "lr": 1.5e-3,
-    "beta": 0.15,
     "gradient_checkpointing": False,
     "eval_images": 90,
-    "eval_every": 4,
-    "max_kl": 25.0,
 }
-# Labels are expensive, so they are reused; sd/results/people.md has what was measured
-CHAIN = {"loss": "chain", "batch_size": 1, "replay": 4}
-FEW_LABELS = {"average_weights": True, "max_kl": 30.0, "eval_images": 16, "eval_every": 1}
+# A source of labels decides how many questions a round has, and how soon one sees what they do
+OF_PEOPLE = {"prompts_per_epoch": 8, "eval_images": 16, "eval_every": 1}
 SOURCE_PRESETS = {
-    "human": {
-        **CHAIN,
-        **FEW_LABELS,
-        "epochs": 20,
-        "prompts_per_epoch": 8,
-        "images_per_prompt": 2,
-        "beta": 0.1,
-        "warm_up": 8,
-    },
-    "tags": {
-        **FEW_LABELS,
-        "epochs": 10,
-        "prompts_per_epoch": 8,
-        "images_per_prompt": 7,
-        "beta": 0.03,
-        "warm_up": 6,
-        "replay": 8,
-    },
-    "labels": {**CHAIN, **FEW_LABELS, "beta": 0.06},
+    "human": {**OF_PEOPLE, "epochs": 20, "images_per_prompt": 2},
+    "tags": {**OF_PEOPLE, "epochs": 10, "images_per_prompt": 7},
+    "labels": {"eval_images": 16, "eval_every": 1},
 }
 # Table 2 and Sec. 5.1 (4 GPUs, 2 batches of 10 pairs each): as released, and as Alg. 1 is printed
 TABLE_2 = {
@@ -96,7 +77,18 @@ RECIPES = {
     "paper": {**TABLE_2, "update_every": "trajectory", "clip": 0.1},
     "alg1": {**TABLE_2, "update_every": "timestep"},
 }
-LOSS_PRESETS = {"sft": {"beta": 0.0}, "ddpo": {"clip": 0.1}}  # the paper's SFT has no KL
+# The other methods, at what measured best for them on the emoji model
+OTHERS = {
+    "epochs": 24,
+    "batch_size": 4,
+    "beta": 0.15,
+    "replay": 0,
+    "average_weights": False,
+    "warm_up": 1,
+}
+LOSS_PRESETS = {loss: OTHERS for loss in LOSSES if loss != "chain"}
+LOSS_PRESETS["sft"] = {**OTHERS, "beta": 0.0}  # the paper's has no KL
+LOSS_PRESETS["ddpo"] = {**OTHERS, "clip": 0.1}
 
 
 def setting(default: Any, help: str, metavar: str | None = None, **more) -> Any:
@@ -134,22 +126,21 @@ class Common:
         "hub id, folder or .safetensors file of SD, SDXL, SD3 or Flux; by default SD 1.5 with "
         "CUDA, else the bundled emoji model",
     )
-    epochs: int = setting(50, "rounds of sampling and training; with --labels alone, passes", "N")
-    prompts_per_epoch: int = setting(8, "groups of images, each of one prompt and one x_T", "N")
+    epochs: int = setting(12, "rounds of sampling and training; with --labels alone, passes", "N")
+    prompts_per_epoch: int = setting(4, "groups of images, each of one prompt and one x_T", "N")
     images_per_prompt: int = setting(
-        4, "images of a group: K(K-1)/2 pairs; people are asked about K of them (K = 2: one)", "K"
+        8, "images of a group: K(K-1)/2 pairs; people are asked about K of them (K = 2: one)", "K"
     )
     num_steps: int = setting(20, "denoising steps", "T")
     beta: float | None = setting(
-        0.05,
+        0.12,
         "strength of the KL, per nat of a summed log-prob; reward-weighted: temperature",
         zero=True,
     )
     lr: float = setting(3e-4, "largest step size of AdamW")
     max_kl: float | None = setting(
-        None,
-        "KL limit: stop before this KL of held-out images to the initial model, nats; by default "
-        "30 for people and --labels, 25 for the emoji model, else none",
+        25.0,
+        "KL limit: stop before this KL of held-out images to the initial model, nats",
         "NATS",
     )
     seed: int = setting(0, "seed of all random numbers", "N", zero=True)
@@ -179,6 +170,9 @@ class Learning:
     )
     port: int | None = setting(
         None, "port of the page for people; by default the first free one from 7860", "N", zero=True
+    )
+    public_url: str | None = setting(
+        None, "the address at which a proxy shows this page; by default only this machine's", "URL"
     )
     clip_model: str = setting(CLIP, "CLIP of aesthetic and alignment: hub id or folder", "CLIP")
     aesthetic_head: str = setting(
@@ -211,7 +205,7 @@ class Method:
         choices=["default", *RECIPES],
     )
     loss: str = setting(
-        "eq14",
+        "chain",
         "chain: Eq. 5 on whole chains; Eq. 14, Eq. 12, or a method that they are compared with",
         choices=LOSSES,
     )
@@ -229,9 +223,9 @@ class Method:
         "the initial model, or the one that sampled",
         choices=["initial", "previous"],
     )
-    replay: int = setting(0, "batches of earlier groups in each epoch", "N", zero=True)
+    replay: int = setting(4, "batches of earlier groups in each epoch", "N", zero=True)
     average_weights: bool = setting(
-        False, "evaluate and save the average of the weights over the last tenth of the epochs"
+        True, "evaluate and save the average of the weights over the last tenth of the epochs"
     )
     skip_last: int = setting(
         2, "do not train the last N steps: their sigma is tiny", "N", zero=True
@@ -241,7 +235,7 @@ class Method:
         "the step size falls to 0 as a cosine, or stays",
         choices=["cosine", "constant"],
     )
-    warm_up: int = setting(1, "epochs in which the step size rises to --lr", "N")
+    warm_up: int = setting(3, "epochs in which the step size rises to --lr", "N")
     weight_decay: float = setting(1e-4, "of AdamW, per unit of --lr", "X", zero=True)
     max_grad_norm: float = setting(1.0, "gradients are clipped to this norm", "X")
     lora_rank: int = setting(16, "rank of the LoRA on queries, keys and values", "N")
@@ -273,7 +267,7 @@ class Evaluation:
     eval_prompts: str | list | None = setting(
         None, "prompts of these images, as --prompts; by default those that are trained on"
     )
-    eval_every: int = setting(5, "epochs from one evaluation of them to the next", "N")
+    eval_every: int = setting(2, "epochs from one evaluation of them to the next", "N")
 
 
 GROUPS = (Common, Learning, Sampling, Method, Machine, Evaluation)
@@ -304,7 +298,10 @@ class Settings(*reversed(GROUPS)):
 
 
 FLAGS = {option.name: option for group in GROUPS for option in fields(group)}
-SAVED = set(FLAGS) - {"resume", "evaluate", "dry_run", "port", "device"} | {"labeller", "command"}
+SAVED = set(FLAGS) - {"resume", "evaluate", "dry_run", "port", "public_url", "device"} | {
+    "labeller",
+    "command",
+}
 PATHS = {"out", "resume", "evaluate"}
 ON_RESUME = {"epochs", "max_kl", "question"}  # what --resume may change
 FROM_PYTHON = {"objective", "watch", "model", "labeller"}  # may be an object, which has no JSON
@@ -350,8 +347,7 @@ def argument(option: Field) -> dict:
     """A setting as argparse's add_argument takes it."""
     more = {key: option.metadata.get(key) for key in ("metavar", "choices")}
     if option.type is bool:
-        is_on = option.default or option.name == "average_weights"
-        more = {"action": argparse.BooleanOptionalAction if is_on else "store_true"}
+        more = {"action": argparse.BooleanOptionalAction if option.default else "store_true"}
     kinds = [kind for kind in (int, float, Path) if kind in kinds_of(option)]
     more |= {"type": kinds[0]} if kinds else {}
     shown = "" if option.default is None else f" (default: {option.default})"
@@ -387,15 +383,15 @@ def as_flags(preset: dict) -> str:
 def epilog() -> str:
     presets = {
         "the emoji model": EMOJI_PRESETS,
-        "--objective human": SOURCE_PRESETS["human"],
-        "--objective tags": SOURCE_PRESETS["tags"],
-        "--labels": SOURCE_PRESETS["labels"],
-        "--recipe paper": RECIPES["paper"],
-        "--recipe alg1": RECIPES["alg1"],
-        **{f"--loss {loss}": preset for loss, preset in LOSS_PRESETS.items()},
+        **{f"--objective {source}": SOURCE_PRESETS[source] for source in PEOPLE},
+        "--labels": {**SOURCE_PRESETS["labels"], "epochs": LABEL_PASSES},
+        "--loss eq14 and all but chain": OTHERS,
+        **{f"--recipe {recipe}": preset for recipe, preset in RECIPES.items()},
     }
-    lines = [f"  {name}: {as_flags(preset)}" for name, preset in presets.items()]
-    return "\n".join(["defaults of their own, after which comes what you type:", *lines])
+    texts = [METHOD, "", "defaults of their own, after which comes what you type:"]
+    texts += [f"  {name}: {as_flags(preset)}" for name, preset in presets.items()]
+    wrapped = [textwrap.wrap(text, 79, subsequent_indent="    ") or [""] for text in texts]
+    return "\n".join(line for lines in wrapped for line in lines)
 
 
 # From a command line, or from Python
@@ -465,16 +461,14 @@ def presets(typed: dict) -> dict:
         settings |= EMOJI_PRESETS
         if typed.get("prompts", "animals") == "animals":  # its classifier knows no other
             settings["watch"] = f"{EMOJI / 'classifier.py'}:recognised"
-    if "objective" in typed or is_emoji:
+    objective, labels = typed.get("objective"), typed.get("labels")
+    if objective or is_emoji:
         settings["prompts"] = "animals"
-    if typed.get("objective") in PEOPLE:
-        settings |= SOURCE_PRESETS[typed["objective"]]
-    if typed.get("labels"):
-        settings |= SOURCE_PRESETS["labels"]
-        if not typed.get("objective"):
-            settings["epochs"] = LABEL_PASSES
-    settings |= RECIPES.get(typed.get("recipe"), {})
-    return settings | LOSS_PRESETS.get(typed.get("loss"), {})
+    settings |= LOSS_PRESETS.get(typed.get("loss"), {})
+    settings |= SOURCE_PRESETS["labels"] if labels else {}
+    settings |= SOURCE_PRESETS[objective] if objective in PEOPLE else {}
+    settings |= {"epochs": LABEL_PASSES} if labels and not objective else {}
+    return settings | RECIPES.get(typed.get("recipe"), {})
 
 
 def saved_settings(folder: Path, typed: dict) -> dict:

@@ -6,8 +6,9 @@ stops it. So a family needs no code of its own, but for how its latents are pack
 
 import inspect
 import os
+import re
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from diffusers import (
     DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
+    SchedulerMixin,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
@@ -37,9 +39,9 @@ NETWORKS = {  # of what can be trained; pipelines alike may call their network t
 }
 # Samplers of one and the same process, x_t = sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) eps
 SCHEDULERS = """
-    DDIM DDPM PNDM LMSDiscrete EulerDiscrete EulerAncestralDiscrete HeunDiscrete KDPM2Discrete
-    KDPM2AncestralDiscrete DPMSolverMultistep DPMSolverSinglestep DPMSolverSDE UniPCMultistep
-    DEISMultistep
+    DDIM DDIMParallel DDPM DDPMParallel PNDM LMSDiscrete EulerDiscrete EulerAncestralDiscrete
+    HeunDiscrete KDPM2Discrete KDPM2AncestralDiscrete DPMSolverMultistep DPMSolverSinglestep
+    DPMSolverSDE UniPCMultistep DEISMultistep SASolver
 """.split()
 SINGLE_FILES = {  # by diffusers' name of what a checkpoint holds
     "v1": StableDiffusionPipeline,
@@ -50,6 +52,7 @@ SINGLE_FILES = {  # by diffusers' name of what a checkpoint holds
     "sd35_large": StableDiffusion3Pipeline,
     "flux": FluxPipeline,
 }
+OTHER_ADAPTERS = {"hada_": "LoHa", "lokr_": "LoKr", "oft_": "OFT", "ia3_": "IA3"}
 UNFUSED = "a LoRA that is not fused: call fuse_lora() and unload_lora_weights() before"
 CACHED_BYTES = 5e8  # of conditioning that is kept
 
@@ -65,8 +68,11 @@ def load_pipeline(model: str | DiffusionPipeline, precision: str) -> DiffusionPi
             return accept(model, dtype)
         if model.endswith(".safetensors"):
             return load_single_file(model, dtype)
-        options = loading_options(model)
-        return pipeline_class(model).from_pretrained(model, dtype=dtype, **options)
+        options, kind = loading_options(model), pipeline_class(model)
+        if precision == "fp16" and not os.path.exists(model):  # half the download, where it exists
+            with suppress(ValueError):
+                return kind.from_pretrained(model, dtype=dtype, **options, variant="fp16")
+        return kind.from_pretrained(model, dtype=dtype, **options)
     except Exception as error:  # the hub's client raises many kinds
         name, remedy = f"--model {model}", "it needs network access; or give a folder"
         if isinstance(model, DiffusionPipeline):
@@ -102,11 +108,17 @@ def loading_options(name: str) -> dict:
     files = sorted((Path(name) / NETWORKS[kind]).glob("*.safetensors"))
     if files and all(".fp16." in file.name for file in files):
         options["variant"] = "fp16"
-    for file in files[:1]:
-        with safe_open(file, "pt") as weights:
-            if any("lora_" in key for key in weights.keys()):
-                raise ValueError(f"it was saved with {UNFUSED}; or give it as --init-lora")
+    if any("lora_" in key for key in tensor_names(files)):
+        raise ValueError(f"it was saved with {UNFUSED}; or give it as --init-lora")
     return options
+
+
+def tensor_names(files: list[Path]) -> list[str]:
+    """Names of the tensors in the first of some files, if it is a .safetensors file."""
+    if not files or files[0].suffix != ".safetensors":
+        return []
+    with safe_open(files[0], "pt") as weights:
+        return list(weights.keys())
 
 
 def pipeline_class(name: str) -> type[DiffusionPipeline]:
@@ -143,16 +155,31 @@ def load_single_file(file: str, dtype: torch.dtype) -> DiffusionPipeline:
 
 
 def fuse_lora(pipe: DiffusionPipeline, path: str) -> None:
-    """Put a LoRA into the weights for good. Raises UserError where it does not fit."""
+    """Put a LoRA into the weights for good. Raises UserError where not all of it fits."""
     try:
+        file = Path(path)
+        files = sorted(file.glob("*.safetensors")) if file.is_dir() else [file]
+        for mark, kind in OTHER_ADAPTERS.items():
+            if any(mark in name for name in tensor_names(files)):
+                raise ValueError(f"it is a {kind}, and only a LoRA can be fused")
+        state = pipe.lora_state_dict(path)
+        tensors = state[0] if isinstance(state, tuple) else state
         pipe.load_lora_weights(path)
-        if not pipe.get_list_adapters():
-            raise ValueError("none of its layers is in this model")
+        parts = [part for part in pipe.components.values() if isinstance(part, nn.Module)]
+        names = [name for part in parts for name, _ in part.named_parameters()]
+        matrices, placed = (sum(map(is_lora_matrix, some)) for some in (tensors, names))
+        if placed < matrices:
+            raise ValueError(f"{placed} of its {matrices} matrices have a layer in this model")
         pipe.fuse_lora()
         pipe.unload_lora_weights()
     except Exception as error:
-        reason = str(error).partition("\n")[0]
+        reason = " ".join(str(error).split())[:200]
         raise UserError(f"--init-lora {path} does not fit this model ({reason})") from error
+
+
+def is_lora_matrix(name: str) -> bool:
+    """Whether a tensor is a LoRA's matrix; the names are diffusers', old and new."""
+    return bool(re.search(r"lora.*[._](A|B|down|up)\b.*weight$", name))
 
 
 def prediction_of(pipe: DiffusionPipeline) -> str:
@@ -165,7 +192,9 @@ def prediction_of(pipe: DiffusionPipeline) -> str:
         return "flow"
     prediction = config.get("prediction_type", "epsilon")
     if name.removesuffix("Scheduler") not in SCHEDULERS or config.get("use_flow_sigmas"):
-        problem = f"its {name} samples another process than DDIM's or a rectified flow's"
+        problem = f"DDIM cannot take the place of its {name}"
+    elif config.get("timestep_type") == "continuous":
+        problem = f"its {name} tells the network log(sigma) / 4, not the number of a noise level"
     elif prediction not in ("epsilon", "v_prediction"):
         problem = f"it predicts '{prediction}', not epsilon, v or a flow"
     elif config.get("thresholding") or config.get("clip_sample"):
@@ -175,10 +204,17 @@ def prediction_of(pipe: DiffusionPipeline) -> str:
     raise UserError(f"This model cannot be trained, choose another: {problem}")
 
 
-def as_ddim(scheduler) -> DDIMScheduler:
+def as_ddim(scheduler: SchedulerMixin) -> DDIMScheduler:
     """DDIM on the noise levels of the scheduler of an epsilon or v model."""
+    return DDIMScheduler.from_config(scheduler.config, **ddim_options(scheduler))
+
+
+def ddim_options(scheduler: SchedulerMixin) -> dict:
+    """What DDIM needs beside the settings of another scheduler."""
     options = {"set_alpha_to_one": False, "clip_sample": False}  # DDIM's own defaults are True
-    return DDIMScheduler.from_config(scheduler.config, **options)
+    if scheduler.config.beta_schedule not in ("linear", "scaled_linear", "squaredcos_cap_v2"):
+        options["trained_betas"] = scheduler.betas.tolist()  # it makes no others
+    return options
 
 
 # Conditioning
@@ -291,22 +327,41 @@ def decode(
         rows, columns = (conditioning.first["img_ids"].amax(0)[1:].int() + 1).tolist()
         patch = 2 * pipe.vae_scale_factor
         x_0 = pipe._unpack_latents(x_0, rows * patch, columns * patch, pipe.vae_scale_factor)
-    scale, shift = latent_scale(pipe.vae, x_0.device)
-    latents = (x_0.to(pipe.vae.dtype) / scale + shift).to(pipe.vae.dtype)
-    pixels = pipe.vae.decode(latents).sample
-    check_finite(pixels, names, "the VAE's decoder", pipe.vae.dtype)
+    with upcast_vae(pipe) as vae:
+        scale, shift = latent_scale(vae, x_0.device)
+        latents = (x_0.to(vae.dtype) / scale + shift).to(vae.dtype)
+        pixels = vae.decode(latents).sample
+        check_finite(pixels, names, "the VAE's decoder", vae.dtype)
     return pipe.image_processor.postprocess(pixels, output_type="pil")
 
 
 @torch.no_grad()
 def encode(pipe: DiffusionPipeline, images: list[Image.Image], *, names: list[str]) -> Tensor:
     """Final states x_0 (B, *D) of images of the model's own size: the inverse of `decode`."""
-    pixels = pipe.image_processor.preprocess(images).to(pipe.vae.device, pipe.vae.dtype)
-    latents = pipe.vae.encode(pixels).latent_dist.mode().float()
-    check_finite(latents, names, "the VAE's encoder", pipe.vae.dtype)
+    with upcast_vae(pipe) as vae:
+        pixels = pipe.image_processor.preprocess(images).to(vae.device, vae.dtype)
+        output = vae.encode(pixels)
+        latents = output.latents if "latents" in output else output.latent_dist.mode()
+        check_finite(latents, names, "the VAE's encoder", vae.dtype)
+    latents = latents.float()
     scale, shift = latent_scale(pipe.vae, latents.device)
     x_0 = (latents - shift) * scale
     return pipe._pack_latents(x_0, *x_0.shape) if isinstance(pipe, FluxPipeline) else x_0
+
+
+@contextmanager
+def upcast_vae(pipe: DiffusionPipeline):
+    """The VAE; inside, SDXL's is float32 where fp16 overflows, as in its stock pipeline."""
+    vae = pipe.vae
+    overflows = vae.dtype == torch.float16 and vae.config.force_upcast
+    if not isinstance(pipe, StableDiffusionXLPipeline) or not overflows:
+        yield vae
+        return
+    vae.float()
+    try:
+        yield vae
+    finally:
+        vae.half()
 
 
 def check_finite(values: Tensor, names: list[str], part: str, dtype: torch.dtype) -> None:

@@ -22,6 +22,7 @@ from tqdm import tqdm
 import d3po
 from sd import files, label_files
 from sd.images import open_image
+from sd.model import join_chains
 from sd.pipeline import Conditioning, decode, encode
 from sd.seeds import RandomPurpose, seeded_generator
 
@@ -148,14 +149,17 @@ class ReplayBuffer:
 
     def keep_batch(self, epoch: int, first: int, trajectory: d3po.Trajectory) -> None:
         """Keep sampled trajectories; first: the number of their first group."""
-        tensors = [tensor.cpu() for tensor in trajectory]
-        files.save_tensors(self.batch_file(epoch, first), tensors)
-
-    def kept_batch(self, epoch: int, first: int) -> d3po.Trajectory | None:
         file = self.batch_file(epoch, first)
         if not file.exists():
+            files.save_tensors(file, [tensor.cpu().clone() for tensor in trajectory])
+
+    def kept_trajectory(self, epoch: int, firsts: range) -> d3po.Trajectory | None:
+        """The trajectories of batches with these first groups; None if one is not kept."""
+        kept = [self.batch_file(epoch, first) for first in firsts]
+        if not all(file.exists() for file in kept):
             return None
-        return d3po.Trajectory(*files.load_tensors(file, self.accelerator.device))
+        parts = [files.load_tensors(file, self.accelerator.device) for file in kept]
+        return join_chains([d3po.Trajectory(*tensors) for tensors in parts])
 
     def drop_batches(self, epochs_done: int) -> None:
         for file in self.folder.glob("e*_p*.pt"):

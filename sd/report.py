@@ -13,8 +13,8 @@ from sd.scorers import measure_of, split_objective
 
 SETTINGS = "These are the settings that it was trained with; with others its effect may differ."
 FIGURES = {  # file of a run -> what it shows
-    "progress.png": "Images from the same starting noises, which no training saw, over the "
-    "training. A number is the mean of all held-out images.",
+    "progress.png": "Images from the same starting noises, over the training, which did not see "
+    "them; with the mean score of all held-out images, where there is one.",
     "reward_curve.png": "The whole training.",
     "evaluation.png": "Before and after training, from the noises of the evaluation.",
     "evaluation_stock.png": "The same with the pipeline's own settings.",
@@ -23,10 +23,9 @@ STYLE = """<meta name=viewport content="width=device-width">
 <style>
 :root { color-scheme: light dark }
 body { font: 1rem/1.5 system-ui, sans-serif; max-width: 44rem; margin: 2rem auto; padding: 0 1rem }
-body { overflow-wrap: anywhere }
-h1 { line-height: 1.2 }
+h1 { overflow-wrap: anywhere; line-height: 1.2 }
 img { width: 100% }
-pre { white-space: pre-wrap; background: #8882; padding: 1rem }
+pre { overflow-x: auto; background: #8882; padding: 1rem }
 </style>"""
 
 
@@ -64,11 +63,16 @@ def result_sentences(folder: Path) -> list[str]:
 
 def describe_training(settings: Namespace, last: dict) -> str:
     """last: the last row of metrics.jsonl."""
+    time = "rounds" if settings.objective in PEOPLE else "epochs"
+    preferences = f"{last['labels']:,} preferences {source(settings)}"
+    return f"Trained on {preferences} in {last['epoch']} {time} of D3PO."
+
+
+def source(settings: Namespace) -> str:
+    """Where the labels come from."""
     sources = [f"by {in_words(settings.objective)}"] if settings.objective else []
     sources += [f"from {Path(settings.labels).name}"] if settings.labels else []
-    time = "rounds" if settings.objective in PEOPLE else "epochs"
-    preferences = f"{last['labels']:,} preferences {' and '.join(sources)}"
-    return f"Trained on {preferences} in {last['epoch']} {time} of D3PO."
+    return " and ".join(sources)
 
 
 def in_words(objective: str) -> str:
@@ -179,8 +183,7 @@ def write(folder: Path, epoch: int, code: str) -> None:
     epoch: the last one that is kept; code: `usage`.
     """
     settings = settings_of(folder)
-    labels = settings.objective or Path(settings.labels).name
-    title = f"{Path(settings.model).name}, tuned by D3PO on {in_words(labels)}"
+    title = f"{Path(settings.model).name}, tuned by D3PO on labels {source(settings)}"
     files.save_text(folder / "README.md", card(folder, title, epoch=epoch, code=code))
     files.save_text(folder / "report.html", page(folder, title, code=code))
 
@@ -208,7 +211,7 @@ def page(folder: Path, title: str, *, code: str) -> str:
         parts += [f"<p>{FIGURES[name]}</p><img src=data:image/png;base64,{image} alt={name}>"]
     parts += [f"<h2>Use it</h2><pre>{html.escape(code)}</pre><p>{SETTINGS}"]
     parts += [f"<h2>How it was made</h2><pre>{html.escape(settings_of(folder).command)}</pre>"]
-    parts += [f"<p>All numbers: metrics.jsonl and evaluation.json in {html.escape(str(folder))}."]
+    parts += [f"<h2>All numbers</h2><pre>{html.escape(str(folder / 'metrics.jsonl'))}</pre>"]
     return "\n".join(parts) + "\n"
 
 

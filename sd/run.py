@@ -24,7 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sd import UserError, figures, files, label_files, metrics, options, report
-from sd.annotate import AnnotationServer, listen
+from sd.annotate import AnnotationServer, listen, parse_public_url
 from sd.evaluation import Evaluator, compare_with_initial, keep_images
 from sd.labellers import PeopleLabeller, ScorerLabeller, open_page, result_paths
 from sd.labels import label_row, pairs_from_labels, scores_from_labels
@@ -69,6 +69,7 @@ def load(args: Settings) -> Setup:
     """Load the model and all else that settings name. Raises UserError where it cannot."""
     accelerator = make_accelerator(args.precision, args.device)
     check_batches(args, accelerator.num_processes)
+    check_page(args, accelerator)
     bar = tqdm(unit=" passes", mininterval=0.5, delay=0.1, disable=not is_shown(args, accelerator))
     groups = read_label_groups(args, accelerator)
     of_labels = list(dict.fromkeys(group.prompt for group in groups))
@@ -132,6 +133,15 @@ def check_batches(args: Settings, processes: int) -> None:
         raise UserError(f"--prompts-per-epoch {args.prompts_per_epoch}: {message}")
 
 
+def check_page(args: Settings, accelerator: Accelerator) -> None:
+    """Raise UserError where no page can open, before anything is sampled."""
+    if args.public_url:
+        parse_public_url(args.public_url)
+    new = not (args.resume or args.evaluate or args.labeller)
+    if new and args.by_people and accelerator.is_main_process:
+        listen(args.port).close()
+
+
 def describe(setup: Setup) -> str:
     """The start-up lines of a run: model, prompts, labels, what beta means, and memory."""
     args, model = setup.args, setup.model
@@ -159,6 +169,8 @@ def describe(setup: Setup) -> str:
             f"Objective {row['objective']}. An epoch: {images} images in {args.prompts_per_epoch} "
             f"groups, {labels_of_epoch(args)} labels{again}."
         )
+    if args.loss == "chain" and not args.evaluate:
+        lines.append(options.METHOD)
     if not args.evaluate:
         lines.append(
             f"--loss {args.loss}, beta {args.beta:.3g} per nat of a log-ratio summed over {D:,} "
@@ -255,23 +267,27 @@ class Run:
     def sample(self, epoch: int) -> list[Batch]:
         """This process's batches of an epoch: groups of K images from one prompt and one x_T."""
         args, accelerator, model = self.args, self.accelerator, self.model
+        size, K, N = args.batch_size, args.images_per_prompt, args.prompts_per_epoch
         random = seeded_generator(args.seed, RandomPurpose.PROMPTS, epoch)
-        prompts = torch.randint(len(model.prompts), (args.prompts_per_epoch,), generator=random)
-        size, K, batches = args.batch_size, args.images_per_prompt, []
-        own_first = accelerator.process_index * size
-        for first in range(own_first, len(prompts), accelerator.num_processes * size):
-            kept = self.replay.kept_batch(epoch, first)
-            batch = sample(
-                model,
-                model.sampler,
-                prompts[first : first + size],
-                images_per_prompt=K,
-                generator=seeded_generator(args.seed, RandomPurpose.TRAINING, epoch, first),
-                trajectory=kept,
-            )
-            if kept is None:
-                self.replay.keep_batch(epoch, first, batch.trajectory)
-            batches.append(batch._replace(files=image_files(epoch, range(first, first + size), K)))
+        prompts = torch.randint(len(model.prompts), (N,), generator=random)
+        firsts = range(accelerator.process_index * size, N, accelerator.num_processes * size)
+        groups = [group for first in firsts for group in range(first, first + size)]
+        training = RandomPurpose.TRAINING
+        batch = sample(
+            model,
+            model.sampler,
+            prompts[groups],
+            images_per_prompt=K,
+            generators=[
+                seeded_generator(args.seed, training, epoch, group, k)
+                for group in groups
+                for k in range(K)
+            ],
+            trajectory=self.replay.kept_trajectory(epoch, firsts),
+        )
+        batches = batch._replace(files=image_files(epoch, groups, K)).split(size)
+        for first, of_first in zip(firsts, batches, strict=True):
+            self.replay.keep_batch(epoch, first, of_first.trajectory)
         self.seconds_sample = time.perf_counter() - self.started
         return batches
 
@@ -399,7 +415,9 @@ class Run:
         args, initial = self.args, self.initial.as_row()
         row = self.metrics_row(epoch)
         row["warnings"] = metrics.warnings(row, initial, self.metrics())
-        self.bar.write(metrics.format_metrics(row, self.last_epoch, initial))
+        config = args.row()
+        names = {"objective": config["objective"], "watch": config["watch"], "max_kl": args.max_kl}
+        self.bar.write(metrics.format_metrics(row, self.last_epoch, initial, **names))
         if (row["eval_kl"] or 0) > (args.max_kl or math.inf):
             self.record_stop(epoch.number)
             return True, None
@@ -409,7 +427,7 @@ class Run:
         self.epochs_done = epoch.number
         self.draw()
         if self.page:
-            self.page.status(f"Sampling, epoch {epoch.number + 1}")
+            self.page.status(f"Drawing the images of round {epoch.number + 1 - self.label_epochs}")
             if self.page.finished:
                 return True, None
         return False, metrics.nothing_to_learn(self.folder)
@@ -449,14 +467,17 @@ class Run:
         config |= {"initial": self.initial.as_row(), "stopped": None}
         files.save_json(self.folder / "config.json", config)
 
-    def evaluate(self) -> dict:
+    def evaluate(self) -> None:
         """--evaluate, on new noise."""
         with self.average.applied():
             result = compare_with_initial(
                 self.evaluator, self.folder, epoch=self.epochs_done, code=self.code()
             )
         report.write(self.folder, self.epochs_done, self.code())
-        return result
+        sentences = report.evaluation_sentences(
+            result, result["objective"], self.args.row()["watch"]
+        )
+        print("\n".join(sentences))
 
     def save(self, epoch: int) -> None:
         """lora/ for pipe.load_lora_weights, and checkpoint/ for --resume."""
@@ -498,10 +519,10 @@ class Run:
         """Tell people that the run has ended; reason: why it cannot go on."""
         if self.page is None:
             return
-        text = f"{reason}." if reason else "The run has finished. You can close this page."
-        evaluate = f"python sd_demo.py --evaluate {self.folder}"
-        farewell = f"{text} {result_paths(self.folder)} Is it better? A blind test: {evaluate}"
-        self.page.close(farewell, self.code())
+        lines = [f"{reason}." if reason else "The run has finished."]
+        lines += [*report.result_sentences(self.folder), *result_paths(self.folder)]
+        lines += [f"Blind test, is it better? python sd_demo.py --evaluate {self.folder}"]
+        self.page.close("\n".join(lines), self.code())
 
     def load_checkpoint(self) -> None:
         """Go back to the last checkpoint, if there is one.
@@ -559,7 +580,7 @@ def describe_stop(args: Settings, epoch: int, folder: Path) -> str:
     return f"The KL is above --max-kl {args.max_kl:g}: the run stops and keeps {kept}. On: {again}"
 
 
-def image_files(epoch: int, groups: range, images_per_prompt: int) -> list[str]:
+def image_files(epoch: int, groups: list[int], images_per_prompt: int) -> list[str]:
     """Names of the images of an epoch's groups, given by number."""
     return [
         f"images/e{epoch:03}_p{group:02}_k{k}.png"
@@ -627,8 +648,6 @@ def make_run(setup: Setup, folder: Path) -> Run:
             rounds=args.epochs,
             label_epochs=label_epochs,
         )
-        if accelerator.is_main_process and not (args.resume or args.evaluate):
-            listen(args.port).close()  # a taken port is said before anything is sampled
     optimizer = torch.optim.AdamW(model.lora, args.lr, weight_decay=args.weight_decay)
     return Run(
         args=args,

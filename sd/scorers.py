@@ -155,7 +155,7 @@ def load_function(file: str, function: str) -> Callable:
     a library has that name.
     """
     path = Path(os.path.abspath(file))
-    if not path.is_file():
+    if not os.path.isfile(path):  # Path.is_file fails on a name that is too long
         raise UserError(f"there is no file {file} with a scorer '{function}'")
     if str(path.parent) not in sys.path:
         sys.path.append(str(path.parent))

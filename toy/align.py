@@ -95,6 +95,7 @@ def align(
     epochs: int,
     pairs: int,
     replay: int = 0,
+    replay_pairs: int | None = None,
     bridged: bool = False,
     average: bool = False,
 ) -> Iterator[Epoch]:
@@ -109,8 +110,8 @@ def align(
         the last.
     lr: Adam's step size at the start; it falls to 0 as a cosine.
     pairs: comparisons an epoch.
-    replay: after the new pairs, an epoch trains on this many batches, each of 2 * pairs drawn from
-        all the pairs so far (Alg. 1 has none: 0).
+    replay: after the new pairs, an epoch trains on this many batches, each of replay_pairs (by
+        default 2 * pairs) drawn from all the pairs so far (Alg. 1 has none: 0).
     bridged: those on trajectories drawn anew (`PreferenceBatch.bridged`).
     average: at each yield the policy has the average of its weights after the epochs so far; epoch
         n enters with weight 10 / (n + 9) (Shamir & Zhang 2013), so it is about the last tenth of
@@ -125,6 +126,7 @@ def align(
     weights = [p for p in policy.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(weights, lr, betas=(0.9, 0.99))
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
+    replay_pairs = replay_pairs or 2 * pairs
     memory = None
     trained = averaged = [w.detach().clone() for w in weights]
 
@@ -153,7 +155,7 @@ def align(
         for k in range(1 + replay):
             batch = new
             if k > 0:
-                batch = memory.select(torch.randperm(len(memory.h))[: 2 * pairs])
+                batch = memory.select(torch.randperm(len(memory.h))[:replay_pairs])
                 batch = batch.bridged(schedule, reference) if bridged else batch
             for loss in losses(policy, schedule, batch):  # lines 24-35
                 _check_finite(loss, f"epoch {epoch}: the loss")

@@ -1,6 +1,6 @@
 """Figures of the toy, drawn from the numbers that a run stored.
 
-python -m toy.plots runs/toy        # toy.png of a run of train_toy.py, again
+python -m toy.plots runs/toy        # toy.png of a run of train_toy.py again, and toy.gif
 """
 
 import argparse
@@ -11,103 +11,107 @@ from pathlib import Path
 import numpy as np
 import torch
 from matplotlib import colormaps
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from PIL import Image
 
 from toy.worlds import SCORES
 
 HALF_WIDTH = 3.2  # of the part of the plane that is shown
-NUM_CHAINS = 2  # drawn in full
+BEST_PLACE = {"reach": (2.0, 0.0)}  # of a score that has one
+STYLES = {"eq14": ("tab:orange", "--"), "chain": ("tab:blue", "-"), "eq12": ("tab:green", ":")}
+SHOWN = 1000  # points in a panel
 
 
 def draw_run(run: Path) -> Path:
     """Draw toy.png of a run folder; return its path."""
     path = run / "toy.png"
-    run_figure(run).savefig(path, dpi=80)
+    run_figure(run).savefig(path, dpi=140)
     return path
 
 
 def run_figure(run: Path) -> Figure:
-    """The figure of a run folder, from its config.json, metrics.jsonl and samples.npz."""
-    config = json.loads((run / "config.json").read_text())
+    """Samples before, after each loss and of the optimum; below, what the labels bought."""
+    config, samples = _load(run)
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    with np.load(run / "samples.npz") as file:
-        samples = {name: file[name] for name in file.files}
+    titles = {name: loss["title"] for name, loss in config["loss"].items()}
+    panels = {"before": "before", **titles, "optimum": "exact optimum"}
 
-    figure = Figure(figsize=(16, 8.2), layout="constrained")
-    axes = figure.subplots(2, 4)
-    _draw_samples(axes[0], samples, config["preference"])
-    _draw_chains(axes[1, 0], samples, config)
-    _draw_curves(axes[1, 1:], rows, config)
-    kind = " (rectified flow)" if config.get("model") == "flow" else ""
-    figure.suptitle(
-        f"D3PO on the {config['mixture']}{kind}: {config['labels']} labels, loss {config['loss']}, "
-        f"beta = {config['beta']}, one run, seed {config['seed']}"
-    )
+    figure = Figure(figsize=(10, 4.8), layout="constrained")
+    axes = figure.subplot_mosaic([list(panels), ["shares"] * len(panels)], height_ratios=[10, 8])
+    for name, title in panels.items():
+        _draw_points(axes[name], samples[name][:SHOWN], config["preference"])
+        axes[name].set_title(title, fontsize=16)
+    _draw_shares(axes["shares"], rows, titles)
     return figure
 
 
-def _draw_samples(axes, samples: dict, preference: str) -> None:
-    """Data, samples before and after, and the density of the optimum, over the score."""
-    clouds = {
-        "data": samples["data"],
-        "before: the reference": samples["before"][-1],
-        "after alignment": samples["after"][-1],
-    }
-    for axis, (title, points) in zip(axes, clouds.items(), strict=False):
-        contours = _plane(axis, preference)
-        axis.plot(*points.T, ".", color="black", markersize=2, alpha=0.35)
-        axis.set_title(title)
-    line, density = _density(samples["optimum"][-1])
-    levels = density.max() * np.geomspace(0.003, 0.9, 7)
-    _plane(axes[3], preference)
-    axes[3].contour(line, line, density, levels=levels, colors="black")
-    axes[3].set_title("exact optimum (density)")
-    label = f"score: {preference}"
-    axes[3].figure.colorbar(contours, ax=axes, label=label, shrink=0.8, pad=0.01)
+def draw_animation(run: Path) -> Path:
+    """Draw toy.gif of a run folder, a frame an epoch; return its path."""
+    config, samples = _load(run)
+    figure = Figure(figsize=(7, 3.9), layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    axes = figure.subplots(1, len(config["loss"]), squeeze=False)[0]
+    clouds = {}
+    for axis, (name, loss) in zip(axes, config["loss"].items(), strict=True):
+        clouds[name] = _draw_points(axis, samples[f"{name}_epochs"][0], config["preference"])
+        axis.set_title(loss["title"], fontsize=14)
+
+    frames = []
+    for epoch in range(config["epochs"] + 1):
+        figure.suptitle(f"{epoch * config['pairs']:,} labels", fontsize=14)
+        for name, cloud in clouds.items():
+            cloud.set_data(*samples[f"{name}_epochs"][epoch].T)
+        canvas.draw()
+        picture = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+        frames.append(picture.quantize(64, dither=Image.Dither.NONE))
+    path = run / "toy.gif"
+    durations = [800, *[250] * (len(frames) - 2), 2500]
+    frames[0].save(path, save_all=True, append_images=frames[1:], duration=durations, loop=0)
+    return path
 
 
-def _draw_chains(axis, samples: dict, config: dict) -> None:
-    """Whole chains of the reference and of the policy, from the same noise."""
-    _plane(axis, config["preference"])
-    for name, style, label in (("before", "k--", "reference"), ("after", "r-", "aligned")):
-        for k, chain in enumerate(samples[name][:, :NUM_CHAINS].swapaxes(0, 1)):
-            axis.plot(*chain.T, style, linewidth=1, label=label if k == 0 else None)
-            axis.plot(*chain[-1], style[0] + "o", markersize=5)
-    axis.plot(*samples["before"][0, :NUM_CHAINS].T, "k+", markersize=9, label="$x_T$")
-    axis.legend(loc="lower left", fontsize=8)
-    axis.set_title(f"chains $x_T \\ldots x_0$ from the same noise (T = {config['num_steps']})")
+def _load(run: Path) -> tuple[dict, dict]:
+    """A run's config.json and samples.npz."""
+    config = json.loads((run / "config.json").read_text())
+    with np.load(run / "samples.npz") as file:
+        return config, {name: file[name] for name in file.files}
 
 
-def _draw_curves(axes, rows: list[dict], config: dict) -> None:
-    """Score and KL, accuracy and win rate, and the loss, against the labels used."""
-    column = {key: [row[key] for row in rows] for key in rows[0]}
-    labels = column["labels"]
+def _draw_points(axis, points: np.ndarray, preference: str):
+    """Draw points over the score, which a star marks the best place of; return their artist."""
+    _plane(axis, preference)
+    axis.set(xlabel="", ylabel="", xticks=[-2, 0, 2], yticks=[-2, 0, 2])
+    if preference in BEST_PLACE:
+        star = {"color": "gold", "markeredgecolor": "black", "markersize": 30}
+        axis.plot(*BEST_PLACE[preference], "*", **star)
+    (cloud,) = axis.plot(*points.T, ".", color="black", markersize=3, alpha=0.45)
+    return cloud
 
-    score, kl = axes[0], axes[0].twinx()
-    best = config["optimum"]["score_star"]
-    lines = score.plot(labels, column["score"], "k-", label="mean score (left)")
-    lines += kl.plot(labels, column["kl"], "r--", label="KL to the reference (right)")
-    lines += [score.axhline(best, color="k", linestyle=":", label="score, exact optimum")]
-    score.set(xlabel="labels used", ylabel="mean score", title="score and KL")
-    kl.set_ylabel("KL (nats)")
-    score.legend(handles=lines, fontsize=8, loc="lower right")
 
-    accuracy = axes[1]
-    label = "new pairs that the policy ranks as labelled"
-    accuracy.plot(labels, column["accuracy"], "k-", label=label)
-    accuracy.plot(labels, column["win_rate"], "b-.", label="win rate against the reference")
-    accuracy.axhline(0.5, color="grey", linestyle=":")
-    accuracy.set(xlabel="labels used", ylabel="share", ylim=(0.4, 1.02))
-    accuracy.set_title("preference accuracy")
-    accuracy.legend(fontsize=8, loc="lower right")
-
-    loss = axes[2]
-    label = "log 2 = 0.693: cannot tell winner from loser"
-    loss.plot(labels, column["loss"], "k-", label=f"loss ({config['loss']})")
-    loss.axhline(math.log(2), color="grey", linestyle=":", label=label)
-    loss.set(xlabel="labels used", ylabel="loss (nats)", title="loss")
-    loss.margins(y=0.25)
-    loss.legend(fontsize=8, loc="upper right")
+def _draw_shares(axis, rows: list[dict], titles: dict[str, str]) -> None:
+    """Attained share of each loss against its labels, each curve named at its end."""
+    for name, title in titles.items():
+        own = [row for row in rows if row["loss_name"] == name]
+        labels = [0, *(row["labels"] for row in own)]
+        shares = [0, *(row["attained_share"] for row in own)]
+        colour, line = STYLES[name]
+        axis.plot(labels, shares, line, color=colour, linewidth=2.5)
+        axis.annotate(
+            f"{title}: {shares[-1]:.2f}",
+            (labels[-1], shares[-1]),
+            xytext=(8, 0),
+            textcoords="offset points",
+            color=colour,
+            fontsize=14,
+            va="center",
+        )
+    axis.axhline(1, color="grey", linewidth=1)
+    axis.set_xlim(0, 1.28 * labels[-1])
+    axis.set_ylim(top=1.1)
+    axis.set_xlabel("labels", fontsize=14)
+    axis.set_ylabel("share of the\nbest chain", fontsize=14)
+    axis.tick_params(labelsize=12)
 
 
 def draw_comparison(result: dict, points: dict[str, list] | None, out: Path) -> list[Path]:
@@ -200,13 +204,6 @@ def _samples_figure(result: dict, points: dict[str, list], columns: int = 5) -> 
     return figure
 
 
-def _density(points: np.ndarray, bandwidth: float = 0.08) -> tuple[np.ndarray, np.ndarray]:
-    """Kernel estimate of the density of points (N, 2): the axis (G,) of a grid, (G, G) by y, x."""
-    line = np.linspace(-HALF_WIDTH, HALF_WIDTH, 161)
-    kernels = np.exp(-(((points[:, :, None] - line) / bandwidth) ** 2) / 2)  # (N, 2, G)
-    return line, kernels[:, 1].T @ kernels[:, 0] / (len(points) * 2 * np.pi * bandwidth**2)
-
-
 def _plane(axis, preference: str):
     """Draw the contours of a score on the square that all panels share; return them."""
     line = torch.linspace(-HALF_WIDTH, HALF_WIDTH, 121)
@@ -225,7 +222,7 @@ def main(argv: list[str] | None = None) -> None:
     run = parser.parse_args(argv).run
     if not (run / "samples.npz").exists():
         parser.error(f"{run} is no finished run of train_toy.py: it has no samples.npz")
-    print(draw_run(run))
+    print(draw_run(run), draw_animation(run), sep="\n")
 
 
 if __name__ == "__main__":

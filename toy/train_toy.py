@@ -1,12 +1,20 @@
-"""Align a 2D diffusion model from pairwise preferences. No flag is needed.
+"""Align a 2D diffusion model from pairwise preferences, by Eq. 14 and by the whole chain.
 
     python toy/train_toy.py
 
 First a small DDPM of a mixture, or a rectified flow (--model flow), is trained: the reference.
-Then, epoch after epoch, pairs of chains are sampled from one x_T each and labelled by an analytic
-score, and the losses of d3po.py train an adapter on the reference (align.py). The run leaves in
---out: config.json, metrics.jsonl (a line an epoch), labels.jsonl (a line a comparison), policy.pt
-(the weights after the last good epoch), samples.npz and toy.png.
+From it, with one seed, each loss of d3po.py trains an adapter (align.py): epoch after epoch, pairs
+of chains are sampled from one x_T each and labelled by an analytic score. --loss eq14 takes the
+paper's loss alone, --loss chain the whole chain. The run leaves in --out:
+
+    config.json     the settings, and the numbers of the best that can be reached
+    metrics.jsonl   a line for each epoch of each loss
+    labels.jsonl    a line for each comparison of each loss
+    policy.pt       name of each loss: weights after its last good epoch
+    samples.npz     final points: before, after each loss, of the optimum, and epoch by epoch
+    toy.png         these, and the share of the best chain that the labels bought
+
+`python -m toy.plots RUN` draws toy.png again, and toy.gif: the samples over the epochs.
 """
 
 import argparse
@@ -31,9 +39,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this file is run
 
 import d3po
 from toy import ddpm, flow, optimum, plots
-from toy.align import PreferenceBatch, UpdateEvery, align, pair_loss
+from toy.align import Epoch, PreferenceBatch, UpdateEvery, align, pair_loss
 from toy.measure import Measurement, measure, sample
-from toy.worlds import ALPHA_BARS, MIXTURES, SCORES, Mixture, exact_denoiser, sample_data
+from toy.worlds import ALPHA_BARS, MIXTURES, SCORES, Mixture, exact_denoiser, on_data
 
 
 class Model(NamedTuple):
@@ -43,23 +51,34 @@ class Model(NamedTuple):
 
 
 class Loss(NamedTuple):
+    title: str
     function: Callable[..., Iterator[Tensor]]  # of d3po.py
     update_every: UpdateEvery
     lr: float  # default step size
     replay: int  # default number of batches of stored pairs that an epoch adds
 
 
+PRETRAIN_STEPS = 5000
 MODELS = {
-    "ddpm": Model(ALPHA_BARS, partial(d3po.make_schedule, ALPHA_BARS), ddpm.pretrain),
-    "flow": Model(flow.ALPHA_BARS, flow.make_schedule, flow.pretrain),
+    "ddpm": Model(
+        ALPHA_BARS,
+        partial(d3po.make_schedule, ALPHA_BARS),
+        partial(ddpm.pretrain, steps=PRETRAIN_STEPS),
+    ),
+    "flow": Model(
+        flow.ALPHA_BARS, flow.make_schedule, partial(flow.pretrain, steps=PRETRAIN_STEPS)
+    ),
 }
 LOSSES = {
-    "chain": Loss(d3po.chain_dpo_losses, "trajectory", lr=5e-3, replay=7),
-    "eq14": Loss(d3po.d3po_losses, "timestep", lr=1e-3, replay=0),
-    "eq12": Loss(partial(d3po.d3po_losses, steps=[0]), "timestep", lr=1e-3, replay=0),
+    "eq14": Loss("Eq. 14", d3po.d3po_losses, "timestep", lr=2e-3, replay=0),
+    "chain": Loss("whole chain", d3po.chain_dpo_losses, "trajectory", lr=1e-2, replay=15),
+    "eq12": Loss("Eq. 12", partial(d3po.d3po_losses, steps=[0]), "timestep", lr=1e-3, replay=0),
 }
+REPLAY_PAIRS = 128  # in a batch of stored pairs
 LABELS = {"bradley-terry": d3po.bradley_terry, "greedy": d3po.preference}
-SAMPLES = 4000  # chains that the final table and the figure are made from
+SPACING = 0.1  # of the optimum's grid; its J err by 0.003
+SAMPLES = 4000  # chains that the table is made from
+WATCHED = 400  # chains that a line of metrics.jsonl and a frame of toy.gif are made from
 
 
 def parse(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
@@ -99,17 +118,21 @@ def parse(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argparse.Nam
     )
     method = parser.add_argument_group("the method")
     method.add_argument(
-        "--loss", choices=LOSSES, default="chain", help="Eq. 5 on the whole chain, Eq. 14 or Eq. 12"
+        "--loss",
+        choices=LOSSES,
+        nargs="+",
+        default=["eq14", "chain"],
+        help="trained one after the other, from the same reference and seed",
     )
     method.add_argument("--beta", type=float, default=0.3, help="strength of the KL: score per nat")
     method.add_argument(
         "--lr", type=float, help="Adam's first step size, falling to 0 as a cosine; by --loss"
     )
     method.add_argument(
-        "--epochs", type=int, default=30, help="times that pairs are sampled and trained on"
+        "--epochs", type=int, default=15, help="times that pairs are sampled and trained on"
     )
     method.add_argument(
-        "--pairs", type=int, default=128, help="pairs of chains, so labels, an epoch"
+        "--pairs", type=int, default=256, help="pairs of chains, so labels, an epoch"
     )
     method.add_argument(
         "--replay", type=int, help="batches of stored pairs that an epoch adds; by --loss"
@@ -120,12 +143,11 @@ def parse(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argparse.Nam
     parser.add_argument("--out", type=Path, default=Path("runs/toy"), help="run folder")
     args = parser.parse_args(argv)
 
-    args.lr = LOSSES[args.loss].lr if args.lr is None else args.lr
-    args.replay = LOSSES[args.loss].replay if args.replay is None else args.replay
     for name in ("beta", "lr", "epochs", "pairs"):
-        if not 0 < (value := getattr(args, name)) < math.inf:
+        value = getattr(args, name)
+        if value is not None and not 0 < value < math.inf:
             parser.error(f"--{name} {value}: give a positive number")
-    if args.replay < 0:
+    if args.replay is not None and args.replay < 0:
         parser.error(f"--replay {args.replay}: give 0 or more")
     if not 0 <= args.seed < 2**63:
         parser.error(f"--seed {args.seed}: give a number from 0 to 2^63 - 1")
@@ -136,6 +158,16 @@ def parse(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argparse.Nam
     except ValueError as error:
         parser.error(str(error))
     return parser, args
+
+
+def loss_settings(name: str, args: argparse.Namespace) -> dict:
+    """Title, step size and replay of a loss, its own where the flags leave them open."""
+    loss = LOSSES[name]
+    return {
+        "title": loss.title,
+        "lr": loss.lr if args.lr is None else args.lr,
+        "replay": loss.replay if args.replay is None else args.replay,
+    }
 
 
 def open_run(args: argparse.Namespace) -> dict:
@@ -150,7 +182,9 @@ def open_run(args: argparse.Namespace) -> dict:
         out.rename(kept)
         print(f"{out} held a run already: that one is now {kept.name}.")
     out.mkdir(parents=True, exist_ok=True)
-    config = vars(args) | {
+    settings = {key: value for key, value in vars(args).items() if key not in ("lr", "replay")}
+    config = settings | {
+        "loss": {name: loss_settings(name, args) for name in args.loss},
         "out": str(out),
         "versions": {
             "d3po": d3po.__version__,
@@ -187,6 +221,97 @@ def git_revision() -> str | None:
     return done.stdout.strip()
 
 
+class World(NamedTuple):
+    """What every loss starts from, and what its policy is measured by."""
+
+    mixture: Mixture
+    score: Callable[[Tensor], Tensor]  # (B, 2) -> (B,)
+    alpha_bars: Tensor  # (1000,) of the model times
+    schedule: d3po.Schedule
+    reference: d3po.Denoiser
+    beta: float
+    best: optimum.Optimum
+
+    def measure(self, policy: ddpm.Adapter, x: Tensor, x_ref: Tensor) -> Measurement:
+        """Compare states x of a policy with x_ref of the reference, from `sample` with one seed."""
+        return measure(
+            x,
+            x_ref,
+            policy,
+            reference=policy.reference,
+            schedule=self.schedule,
+            mixture=self.mixture,
+            score=self.score,
+            beta=self.beta,
+        )
+
+    def new_policy(self) -> ddpm.Adapter:
+        return ddpm.Adapter(self.reference, self.schedule, self.mixture, self.alpha_bars)
+
+
+def make_world(args: argparse.Namespace) -> World:
+    """Train the reference, and solve for the best that can be made of it."""
+    mixture, score, model = MIXTURES[args.mixture], SCORES[args.preference], MODELS[args.model]
+    schedule = model.make_schedule(args.num_steps, args.eta)
+    if args.reference == "exact":
+        reference = exact_denoiser(mixture, model.alpha_bars)
+    else:
+        reference = model.pretrain(mixture).requires_grad_(False)
+    best = optimum.solve(reference, schedule, score, beta=args.beta, spacing=SPACING)
+    return World(mixture, score, model.alpha_bars, schedule, reference, args.beta, best)
+
+
+def train(
+    name: str, policy: ddpm.Adapter, world: World, args: argparse.Namespace
+) -> Iterator[Epoch]:
+    """Alg. 1 with one loss; yield after each epoch."""
+    loss, settings = LOSSES[name], loss_settings(name, args)
+    return align(
+        policy,
+        world.schedule,
+        pair_loss(loss.function, args.beta),
+        reference=policy.reference,
+        score=world.score,
+        label=LABELS[args.labels],
+        update_every=loss.update_every,
+        lr=settings["lr"],
+        epochs=args.epochs,
+        pairs=args.pairs,
+        replay=settings["replay"],
+        replay_pairs=REPLAY_PAIRS,
+        bridged=True,
+        average=True,
+    )
+
+
+def metrics_row(name: str, number: int, epoch: Epoch, now: Measurement, world: World) -> dict:
+    """A line of metrics.jsonl. Raises FloatingPointError for a number that is not finite."""
+    row = {
+        "loss_name": name,
+        "epoch": number,
+        "score": now.score,
+        "kl": now.kl,
+        "win_rate": now.win_rate,
+        "on_data": now.on_data,
+        "attained_share": optimum.attained_share(now.j, world.best),
+        "accuracy": epoch.accuracy,
+        "margin": world.beta * epoch.margin,
+        "loss": epoch.loss,
+        "labels": epoch.labels,
+    }
+    if not all(math.isfinite(value) for value in list(row.values())[1:]):
+        raise FloatingPointError(f"epoch {number}: a measured number is not finite any more")
+    return row
+
+
+def label_rows(name: str, number: int, batch: PreferenceBatch) -> list[dict]:
+    """Lines of labels.jsonl, one for each pair: the two final points, their scores, and h."""
+    points = batch.trajectory.x[-1].view(-1, 2, 2).tolist()
+    pairs = zip(points, batch.scores.tolist(), batch.h.tolist(), strict=True)
+    start = {"loss_name": name, "epoch": number}
+    return [start | {"points": p, "scores": s, "h": h} for p, s, h in pairs]
+
+
 def main(argv: list[str] | None = None) -> None:
     start = time.perf_counter()
     parser, args = parse(argv)
@@ -199,131 +324,106 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(f"--out {out} cannot be written ({error.strerror}): choose another folder")
     print(
         f"D3PO on the plane: data {args.mixture}, model {args.model}, "
-        f"preference {args.preference}, loss {args.loss}, beta {args.beta:g}, "
-        f"T = {args.num_steps}, seed {args.seed}.\n"
-        f"An epoch: {args.pairs} new pairs with {args.labels} labels, then {args.replay} batches "
-        f"of stored pairs on trajectories drawn anew; lr {args.lr:g}. Run folder: {out}."
+        f"preference {args.preference}, beta {args.beta:g}, T = {args.num_steps}, "
+        f"seed {args.seed}. An epoch has {args.pairs} new pairs with {args.labels} labels."
     )
+    for loss in config["loss"].values():
+        print(
+            f"{loss['title']}: lr {loss['lr']:g}, {loss['replay']} batches of stored pairs an epoch"
+        )
 
-    # The world: data, reference, and the best that can be reached
-    mixture, score = MIXTURES[args.mixture], SCORES[args.preference]
-    model = MODELS[args.model]
-    schedule = model.make_schedule(args.num_steps, args.eta)
-    if args.reference == "exact":
-        denoiser = exact_denoiser(mixture, model.alpha_bars)
-    else:
-        denoiser = model.pretrain(mixture)
-    policy = ddpm.Adapter(denoiser, schedule, mixture, alpha_bars=model.alpha_bars)
-    reference = policy.reference
-    best = optimum.solve(reference, schedule, score, beta=args.beta)
+    world = make_world(args)
     try:
-        optimum.attained_share(best.j_ref, best)
+        optimum.attained_share(world.best.j_ref, world.best)
     except ValueError as error:
         parser.error(str(error))
-    write_config(out, config | {"optimum": best.numbers()})
-    torch.save(policy.state_dict(), out / "policy.pt")
+    write_config(out, config | {"optimum": world.best.numbers()})
 
-    def measured(x: Tensor, x_ref: Tensor, denoiser: d3po.Denoiser) -> Measurement:
-        return measure(
-            x,
-            x_ref,
-            denoiser,
-            reference=reference,
-            schedule=schedule,
-            mixture=mixture,
-            score=score,
-            beta=args.beta,
-        )
-
-    # Alg. 1
-    loss = LOSSES[args.loss]
-    training = align(
-        policy,
-        schedule,
-        pair_loss(loss.function, args.beta),
-        reference=reference,
-        score=score,
-        label=LABELS[args.labels],
-        update_every=loss.update_every,
-        lr=args.lr,
-        epochs=args.epochs,
-        pairs=args.pairs,
-        replay=args.replay,
-        bridged=True,
-        average=True,
-    )
-    x_ref = sample(reference, schedule, 256, seed=1)
-    bar = tqdm(training, "align", args.epochs, unit=" epochs", mininterval=0.5)
-    try:
-        for number, epoch in enumerate(bar, 1):
-            now = measured(sample(policy, schedule, 256, seed=1), x_ref, policy)
-            row = {
-                "epoch": number,
-                "score": now.score,
-                "kl": now.kl,
-                "win_rate": now.win_rate,
-                "on_data": now.on_data,
-                "attained_share": optimum.attained_share(now.j, best),
-                "accuracy": epoch.accuracy,
-                "margin": args.beta * epoch.margin,
-                "loss": epoch.loss,
-                "labels": epoch.labels,
-            }
-            if not all(math.isfinite(value) for value in row.values()):
-                raise FloatingPointError(
-                    f"epoch {number}: a measured number is not finite any more"
+    # Alg. 1 with each loss
+    policies, points = {}, {}
+    x_ref = sample(world.reference, world.schedule, WATCHED, seed=1)
+    for name in args.loss:
+        torch.manual_seed(args.seed)
+        policy = policies[name] = world.new_policy()
+        frames = [x_ref[-1]]
+        training = train(name, policy, world, args)
+        bar = tqdm(training, LOSSES[name].title, args.epochs, unit=" epochs", mininterval=0.5)
+        try:
+            for number, epoch in enumerate(bar, 1):
+                x = sample(policy, world.schedule, WATCHED, seed=1)
+                now = world.measure(policy, x, x_ref)
+                row = metrics_row(name, number, epoch, now=now, world=world)
+                append_lines(out / "metrics.jsonl", [row])
+                append_lines(out / "labels.jsonl", label_rows(name, number, epoch.new))
+                torch.save({k: p.state_dict() for k, p in policies.items()}, out / "policy.pt")
+                frames.append(x[-1])
+                bar.set_postfix_str(
+                    f"score {now.score:.2f}, KL {now.kl:.2f}, accuracy {epoch.accuracy:.0%}"
                 )
-            append_lines(out / "metrics.jsonl", [row])
-            append_lines(out / "labels.jsonl", label_rows(number, epoch.new))
-            torch.save(policy.state_dict(), out / "policy.pt")
-            bar.set_postfix_str(
-                f"score {now.score:.2f}, KL {now.kl:.2f}, accuracy {epoch.accuracy:.0%}"
+        except FloatingPointError as error:
+            bar.close()
+            sys.exit(
+                f"{LOSSES[name].title}, {error}, so the run stops. Lower --lr (now "
+                f"{config['loss'][name]['lr']:g}), or raise --beta (now {args.beta:g}) or --pairs "
+                f"(now {args.pairs}). {out} has the epochs before it."
             )
-    except FloatingPointError as error:
-        bar.close()
-        sys.exit(
-            f"{error}, so the run stops. Lower --lr (now {args.lr:g}), or raise --beta (now "
-            f"{args.beta:g}) or --pairs (now {args.pairs}). {out} holds the metrics so far and "
-            "policy.pt, the weights of the last good epoch."
-        )
+        points[f"{name}_epochs"] = torch.stack(frames)
 
-    # What was reached
-    x_ref = sample(reference, schedule, SAMPLES, seed=2)
-    x = sample(policy, schedule, SAMPLES, seed=2)
-    x_best = optimum.sample_optimum(
-        reference, schedule, score, beta=args.beta, optimum=best, x_T=x_ref[0]
-    )
-    data = sample_data(mixture, SAMPLES)
-    np.savez(out / "samples.npz", data=data, before=x_ref, after=x, optimum=x_best)
-    print_table(measured(x_ref, x_ref, reference), measured(x, x_ref, policy), best)
+    columns, final = measure_policies(policies, world)
+    np.savez(out / "samples.npz", **points, **final)
+    print_table(columns)
     figure = plots.draw_run(out)
     seconds = time.perf_counter() - start
-    print(f"\n{epoch.labels:,} labels, {seconds:.0f} s. Figure: {figure}")
+    print(f"\n{epoch.labels:,} labels for each loss, {seconds:.0f} s. Figure: {figure}")
 
 
-def label_rows(epoch: int, batch: PreferenceBatch) -> list[dict]:
-    """One row of labels.jsonl for each labelled pair: the two final points, their scores, and h."""
-    points = batch.trajectory.x[-1].view(-1, 2, 2).tolist()
-    pairs = zip(points, batch.scores.tolist(), batch.h.tolist(), strict=True)
-    return [{"epoch": epoch, "points": p, "scores": s, "h": h} for p, s, h in pairs]
+def measure_policies(
+    policies: dict[str, ddpm.Adapter], world: World
+) -> tuple[dict[str, tuple[float, ...]], dict[str, Tensor]]:
+    """The columns of the table by their titles, and final points by the names of samples.npz."""
+    best, share = world.best, partial(optimum.attained_share, optimum=world.best)
+    x_ref = sample(world.reference, world.schedule, SAMPLES, seed=2)
+    before = on_data(world.mixture, x_ref[-1]).float().mean().item()
+    columns = {"before": (best.j_ref, 0.0, best.j_ref, 0.0, 0.5, before)}
+    points = {"before": x_ref[-1]}
+    for name, policy in policies.items():
+        x = sample(policy, world.schedule, SAMPLES, seed=2)
+        now = world.measure(policy, x, x_ref)
+        numbers = (now.score, now.kl, now.j, share(now.j), now.win_rate, now.on_data)
+        columns[LOSSES[name].title] = numbers
+        points[name] = x[-1]
+    columns["best means"] = (best.score_gauss, best.kl_gauss, best.j_gauss, 1.0)
+    star = (best.score_star, best.kl_star, best.j_star, share(best.j_star))
+    columns["exact optimum"] = star
+    x = optimum.sample_optimum(
+        world.reference,
+        world.schedule,
+        world.score,
+        beta=world.beta,
+        optimum=best,
+        x_T=x_ref[0, : plots.SHOWN],
+    )
+    points["optimum"] = x[-1]
+    return columns, points
 
 
-def print_table(before: Measurement, after: Measurement, best: optimum.Optimum) -> None:
-    """The reference, the aligned policy, the best that a denoiser can be, and the best of all."""
-    share = partial(optimum.attained_share, optimum=best)
-    rows = {
-        "mean score": (best.j_ref, after.score, best.score_gauss, best.score_star),
-        "KL to the reference (nats)": (0.0, after.kl, best.kl_gauss, best.kl_star),
-        "J = mean score - beta KL": (best.j_ref, after.j, best.j_gauss, best.j_star),
-        "attained share": (0.0, share(after.j), 1.0, share(best.j_star)),
-        "win rate against before": (before.win_rate, after.win_rate),
-        "samples within 3 sd of a mode": (before.on_data, after.on_data),
-    }
-    widths = (9, 9, 13, 15)
-    print(f"{'':32}{'before':>9}{'after':>9}{'best means':>13}{'exact optimum':>15}")
-    for name, values in rows.items():
-        cells = [f"{value:{width}.3f}" for value, width in zip(values, widths, strict=False)]
-        print(f"{name:32}" + "".join(cells))
+def print_table(columns: dict[str, tuple[float, ...]]) -> None:
+    """Six numbers of each column; the last two exist for what was sampled only."""
+    names = (
+        "mean score",
+        "KL to the reference (nats)",
+        "J = mean score - beta KL",
+        "attained share",
+        "win rate against before",
+        "samples within 3 sd of a mode",
+    )
+    widths = {title: max(9, len(title) + 2) for title in columns}
+    print(" " * 31 + "".join(f"{title:>{width}}" for title, width in widths.items()))
+    for k, name in enumerate(names):
+        cells = [
+            f"{numbers[k]:{widths[t]}.3f}" for t, numbers in columns.items() if k < len(numbers)
+        ]
+        print(f"{name:31}" + "".join(cells))
 
 
 if __name__ == "__main__":

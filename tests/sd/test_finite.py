@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 from PIL import Image
-from sd_helpers import PROMPTS, Loaded, make_pipeline, read_rows, run
+from sd_helpers import PROMPTS, make_pipeline, read_rows, run
 
 import sd_demo
 from sd import files, pipeline
@@ -38,12 +38,10 @@ def test_a_vae_that_gives_nan_stops_the_run_before_anything_is_trained(tmp_path,
     nothing_of_them_is_kept(out)
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-@pytest.mark.parametrize("evaluate", [False, True])
 def test_latents_that_break_after_an_epoch_keep_the_epoch(
-    tiny, scorers, tmp_path, monkeypatch, no_figures, value, evaluate
+    tiny, scorers, tmp_path, monkeypatch, no_figures
 ):
-    """One image of the network is enough, in training or in an evaluation."""
+    """One image of the network is enough, in an evaluation or in training."""
     out = run(tiny, tmp_path / "run", f"{scorers}:brightness", "--epochs 1")
     kept = {path: path.read_bytes() for path in out.rglob("*.*") if path.suffix != ".json"}
     kept = {path: content for path, content in kept.items() if "held_out" not in path.name}
@@ -52,18 +50,19 @@ def test_latents_that_break_after_an_epoch_keep_the_epoch(
     def broken(policy, x, *rest):
         output = call(policy, x, *rest)
         if not policy.reference and len(x) > 1:
-            output[1, 0, 0, 0] = value
+            output[1, 0, 0, 0] = math.nan
         return output
 
     monkeypatch.setattr(PipelinePolicy, "__call__", broken)
-    with pytest.raises(SystemExit) as stop:
-        sd_demo.main(["--evaluate", str(out)] if evaluate else ["--resume", str(out), "--epochs=2"])
-    message = stop.value.code
-    assert f"1 of {2 if evaluate else 4} images are not finite: number 2 (" in message
-    assert "the network gave in fp32" in message and "lower --lr" in message
-    assert f"{out} keeps the model of the last good epoch" in message
-    assert {path: path.read_bytes() for path in kept} == kept
-    assert not (out / "evaluation.json").exists() and not list(out.glob("images/e002*"))
+    for flag, count in (("--evaluate", 2), ("--resume", 4)):
+        with pytest.raises(SystemExit) as stop:
+            sd_demo.main([flag, str(out), "--epochs=2"])
+        message = stop.value.code
+        assert f"1 of {count} images are not finite: number 2 (" in message
+        assert "the network gave in fp32" in message and "lower --lr" in message
+        assert f"{out} keeps the model of the last good epoch" in message
+        assert {path: path.read_bytes() for path in kept} == kept
+    assert not (out / "evaluation.json").exists() and not list(out.glob("*/e002*"))
 
 
 @pytest.mark.parametrize("part", ["encoder", "decoder"])
@@ -103,26 +102,3 @@ def test_numbers_that_are_not_finite_are_null_in_every_file(tmp_path):
     assert read_rows(file) == [{"a": None, "b": [1.0, None], "c": {"d": None}}]
     files.save_json(tmp_path / "a.json", {"a": (math.nan, 2)})
     assert files.read_json(tmp_path / "a.json") == {"a": [None, 2]}
-
-
-def test_a_loss_that_is_not_finite_is_not_stored_as_nan(
-    tiny, scorers, tmp_path, monkeypatch, no_figures
-):
-    losses = sd_demo.LOSSES["eq14"]
-    monkeypatch.setitem(
-        sd_demo.LOSSES, "eq14", lambda *a, **o: (loss * math.nan for loss in losses(*a, **o))
-    )
-    out = run(tiny, tmp_path / "run", f"{scorers}:brightness", "--epochs 1")
-    (row,) = read_rows(out / "metrics.jsonl")  # strict JSON
-    assert row["loss"] is None and row["skipped"] == 3
-
-
-def test_a_trajectory_that_is_not_finite_is_not_kept(tiny, tmp_path, monkeypatch):
-    loaded = Loaded(tiny)
-    loaded.run.memory.folder = tmp_path
-    monkeypatch.setattr(
-        PipelinePolicy, "__call__", lambda policy, x, *rest: torch.full_like(x, math.nan)
-    )
-    with pytest.raises(FloatingPointError, match="the network gave in fp32"):
-        sd_demo.sample_epoch(loaded.run, 1)
-    assert not list(tmp_path.iterdir())

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import d3po
-from sd import UserError, label_files
+from sd import UserError, label_files, label_forms
 from sd.label_files import MAX_GROUP, Group, LabelFile, merge, read_label_file
 
 examples = settings(
@@ -850,10 +850,10 @@ def test_a_file_with_a_flaw(folder, name, content, expected):
 def test_a_file_that_is_not_there(tmp_path):
     with pytest.raises(UserError, match="none.jsonl: the file cannot be read .*No such file"):
         read_label_file(tmp_path / "none.jsonl")
-    with pytest.raises(UserError, match="there are no rows"):
+    with pytest.raises(UserError, match="there are no images in w/ and l/"):
         read_label_file(tmp_path)
 
 
 def test_the_docstring_names_every_form():
     words = " ".join(label_files.__doc__.split())
-    assert all(", ".join(form) in words for form in label_files.FORMS)
+    assert all(", ".join(form) in words for form in label_forms.FORMS)

@@ -225,7 +225,7 @@ def test_with_several_scores_only_dominance_counts():
 
 
 def pair(a: int, b: int, h: int) -> Label:
-    return Label([a, b], {"images": [f"k{a}", f"k{b}"], "h": h})
+    return Label([a, b], "h", h)
 
 
 def test_labels_become_pairs_of_their_chains():
@@ -235,8 +235,8 @@ def test_labels_become_pairs_of_their_chains():
 
 def test_tags_become_pairs_of_their_own_group():
     asked = [
-        Label([2, 1, 0], {"images": ["c", "d", "e"], "bad": [True, False, False]}),
-        Label([5, 4, 3], {"images": ["f", "g", "h"], "bad": [True] * 3}),
+        Label([2, 1, 0], "bad", [True, False, False]),
+        Label([5, 4, 3], "bad", [True] * 3),
     ]
     assert labels.pairs_from_labels(asked).tolist() == [[1, 2], [0, 2]]
 
@@ -247,14 +247,14 @@ def test_tags_become_pairs_of_their_own_group():
         [],
         [pair(0, 1, 0)],
         [pair(0, 1, None)],
-        [Label([0, 1], {"images": ["a", "b"], "bad": [True, True]})],
-        [Label([0, 1], {"images": ["a", "b"], "bad": None})],
+        [Label([0, 1], "bad", [True, True])],
+        [Label([0, 1], "bad", None)],
     ],
 )
 def test_without_a_preference_there_is_no_pair(nothing):
     pairs = labels.pairs_from_labels(nothing)
     assert pairs.shape == (0, 2) and pairs.dtype == torch.int64
-    assert not any(labels.has_preference(row) for _, row in nothing)
+    assert not any(labels.has_preference({label.field: label.answer}) for label in nothing)
 
 
 @examples

@@ -1,22 +1,30 @@
 """Models that are unlike Stable Diffusion 1.5 in one thing: matched to stock, or refused."""
 
+from argparse import Namespace
+
 import pytest
 import torch
 from diffusers import (
     AsymmetricAutoencoderKL,
+    AutoencoderTiny,
+    DDIMParallelScheduler,
     DDIMScheduler,
+    DDPMParallelScheduler,
+    DDPMScheduler,
     DPMSolverMultistepScheduler,
     EDMEulerScheduler,
-    LCMScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    HeunDiscreteScheduler,
     StableDiffusion3Pipeline,
     StableDiffusionImg2ImgPipeline,
 )
 from safetensors.torch import save_file
-from sd_helpers import Loaded, make_pipeline
+from sd_helpers import Loaded, make_pipeline, same_images
 from tiny_pipelines import make
 
 from sd import UserError
-from sd.pipeline import load_pipeline
+from sd.pipeline import decode, encode, fuse_lora, load_pipeline, loading_options
 
 
 def saved(folder, pipe=None, *, scheduler=None, **config):
@@ -35,10 +43,15 @@ def saved(folder, pipe=None, *, scheduler=None, **config):
         (
             DPMSolverMultistepScheduler,
             {"use_flow_sigmas": True, "prediction_type": "flow_prediction"},
-            "DPMSolverMultistepScheduler samples another process",
+            "DDIM cannot take the place of its DPMSolverMultistepScheduler",
         ),
-        (EDMEulerScheduler, {}, "EDMEulerScheduler samples another process"),
-        (LCMScheduler, {}, "LCMScheduler samples another process"),
+        (EDMEulerScheduler, {}, "the place of its EDMEulerScheduler"),
+        (FlowMatchHeunDiscreteScheduler, {}, "the place of its FlowMatchHeunDiscreteScheduler"),
+        (
+            EulerDiscreteScheduler,
+            {"timestep_type": "continuous", "prediction_type": "v_prediction"},
+            "EulerDiscreteScheduler tells the network log",
+        ),
         (DDIMScheduler, {"prediction_type": "sample"}, "it predicts 'sample'"),
         (DDIMScheduler, {"thresholding": True}, "clips x_0"),
     ],
@@ -46,6 +59,27 @@ def saved(folder, pipe=None, *, scheduler=None, **config):
 def test_another_chain_is_refused_by_name(scheduler, config, sentence, tmp_path):
     with pytest.raises(UserError, match=sentence):
         Loaded(saved(tmp_path, scheduler=scheduler, **config))
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "betas"),
+    [
+        (DDPMScheduler, "sigmoid"),
+        (DDPMScheduler, "laplace"),
+        (HeunDiscreteScheduler, "exp"),
+        (DDPMScheduler, "squaredcos_cap_v2"),
+        (DDIMParallelScheduler, "scaled_linear"),
+        (DDPMParallelScheduler, "linear"),
+    ],
+)
+def test_noise_levels_are_those_of_the_models_own_scheduler(scheduler, betas, tmp_path):
+    config = {"beta_schedule": betas, "clip_sample": False}
+    pipe = make_pipeline()
+    pipe.scheduler = scheduler.from_config(pipe.scheduler.config, **config)
+    levels, loaded = pipe.scheduler.alphas_cumprod, Loaded(tmp_path, pipe=pipe)
+    assert type(pipe.scheduler) is DDIMScheduler
+    assert torch.equal(pipe.scheduler.alphas_cumprod, levels)
+    assert loaded.sample((0,), 1).trajectory.log_prob.isfinite().all()
 
 
 def test_zero_terminal_snr_is_trained(tmp_path):
@@ -84,28 +118,57 @@ def test_no_guidance_at_1_and_below(scale, tiny):
     assert loaded.conditioning.halves == 1
 
 
-def test_a_vae_of_another_class(tmp_path):
+TINY_VAE = {"latent_channels": 4, "num_decoder_blocks": [1] * 4, "num_encoder_blocks": [1] * 4}
+ASYMMETRIC_VAE = {
+    "down_block_types": ("DownEncoderBlock2D",) * 3,
+    "down_block_out_channels": (8, 8, 16),
+    "up_block_types": ("UpDecoderBlock2D",) * 3,
+    "up_block_out_channels": (8, 8, 16),
+    "latent_channels": 4,
+    "norm_num_groups": 8,
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [(AsymmetricAutoencoderKL, ASYMMETRIC_VAE), (AutoencoderTiny, TINY_VAE)],
+)
+def test_a_vae_of_another_class(kind, settings, tmp_path):
     pipe = make_pipeline()
-    pipe.vae = AsymmetricAutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        down_block_out_channels=(8, 8, 16),
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        up_block_out_channels=(8, 8, 16),
-        latent_channels=4,
-        norm_num_groups=8,
-    )
-    loaded = Loaded(saved(tmp_path, pipe))
-    assert loaded.sample((0,), 1).images[0].size == (64, 64)
+    pipe.vae = kind(**settings).eval()
+    images = Loaded(tmp_path, pipe=pipe).sample((0,), 1).images
+    x_0 = encode(pipe, images, names=["a"])
+    pixels = pipe.image_processor.preprocess(images)
+    with torch.no_grad():
+        output = pipe.vae.encode(pixels)
+    latents = output.latents if kind is AutoencoderTiny else output.latent_dist.mean
+    torch.testing.assert_close(x_0, latents * pipe.vae.config.scaling_factor)
 
 
 def test_sd3_without_its_third_text_encoder(tmp_path):
     parts = make("sd3").components
     parts |= dict.fromkeys(("text_encoder_3", "tokenizer_3"))
-    parts = {
-        name: parts[name] for name in parts if name not in ("image_encoder", "feature_extractor")
-    }
+    optional = ("image_encoder", "feature_extractor")
+    parts = {name: part for name, part in parts.items() if name not in optional}
     StableDiffusion3Pipeline(**parts).save_pretrained(tmp_path)
     assert Loaded(tmp_path).sample((0,), 1).trajectory.x.isfinite().all()
+    options = loading_options(str(tmp_path))  # which a run's card prints
+    assert options.keys() >= {"text_encoder_3", "tokenizer_3"} and set(options.values()) == {None}
+    pipe = StableDiffusion3Pipeline.from_pretrained(tmp_path, **options)
+    assert pipe.text_encoder_3 is None
+
+
+def test_sdxl_in_fp16_upcasts_its_vae_as_the_stock_pipeline_does(tmp_path):
+    pipe = make("sdxl").to(torch.float16)
+    conditioning = Namespace(latents=torch.zeros(1, 4, 8, 8, dtype=torch.float16))
+    x_0 = 1e4 * torch.randn(1, 4, 8, 8)
+    images = decode(pipe, x_0, conditioning, names=["a"])
+    half = make("sdxl").vae.half().float()
+    with torch.no_grad():
+        pixels = half.decode(x_0 / half.config.scaling_factor).sample
+    assert same_images(images, pipe.image_processor.postprocess(pixels), 0)
+    assert pipe.vae.dtype == torch.float16  # as a stock call expects it
+    assert encode(pipe, images, names=["a"]).isfinite().all() and pipe.vae.dtype == torch.float16
 
 
 def test_a_folder_with_fp16_files_only(tmp_path):
@@ -133,11 +196,43 @@ def test_a_run_begins_from_a_lora(tmp_path, tiny):
     assert (trained - first.sample(denoiser=first.model.reference).trajectory.x).abs().max() > 0.1
 
 
-def test_a_lora_of_another_model_is_refused(tmp_path, tiny):
-    make("sd3").save_pretrained(tmp_path / "sd3")
-    Loaded(tmp_path / "sd3").model.save_lora(tmp_path)
-    with pytest.raises(UserError, match="--init-lora .* does not fit"):
-        Loaded(tiny, f"--init-lora {tmp_path}")
+@pytest.fixture(scope="module")
+def lora(tiny):
+    """The tensors of a LoRA of the tiny pipeline."""
+    model = Loaded(tiny).model
+    layers = {f"unet.{name}": weight.clone() for name, weight in model.lora_state().items()}
+    model.release()
+    return layers
+
+
+@pytest.mark.parametrize(
+    ("part", "other", "sentence"),
+    [
+        ("", "", None),
+        ("text_encoder.", "", None),
+        ("up_blocks", "up_blockz", r"\d\d of its 84 matrices have a layer in this model"),
+        ("lora_A", "hada_w1_a", "it is a LoHa"),
+        ("lora_A", "lokr_w1", "it is a LoKr"),
+        ("unet.", "transformer.", "0 of its 84 matrices"),
+    ],
+)
+def test_a_lora_is_fused_whole_or_refused(part, other, sentence, lora, tmp_path):
+    changed = {name.replace(part, other): weight for name, weight in lora.items()}
+    if part == "text_encoder.":
+        ends = {"lora_A": torch.ones(4, 32), "lora_B": torch.ones(32, 4)}
+        layer = "text_encoder.text_model.encoder.layers.0.self_attn.q_proj"
+        changed |= {f"{layer}.{end}.weight": weight for end, weight in ends.items()}
+    file = tmp_path / "lora.safetensors"
+    save_file(changed, file)
+    pipe = make_pipeline()
+    old = [weight.clone() for weight in pipe.text_encoder.parameters()]
+    if sentence is None:
+        fuse_lora(pipe, str(file))
+        new = pipe.text_encoder.parameters()
+        assert all(map(torch.equal, old, new)) == (not part)
+    else:
+        with pytest.raises(UserError, match=f"does not fit this model .{sentence}"):
+            fuse_lora(pipe, str(file))
 
 
 def test_other_pipelines_are_refused_by_name(tmp_path):

@@ -23,10 +23,12 @@ CONFIG = {
     "initial": {"eval_score": -2.09, "watched": 0.998},
     "stopped": None,
 }
+FIRST = {"epoch": 1, "labels": 64, "eval_score": -2.0, "watched": 0.5, "eval_kl": 1.0}
 ROWS = [
-    {"epoch": 1, "labels": 128, "eval_score": -1.8, "watched": 0.989, "eval_kl": 8.12}
+    FIRST | {"eval_win_rate": 0.5, "eval_pairs": 10, "kl_trained": 1.0, "accuracy": None},
+    {"epoch": 2, "labels": 128, "eval_score": -1.8, "watched": 0.989, "eval_kl": 8.12}
     | {"eval_win_rate": 0.9, "eval_pairs": 10, "kl_trained": 99.0, "accuracy": None},
-    {"epoch": 2, "labels": 1280, "eval_score": None, "watched": None, "eval_kl": None}
+    {"epoch": 3, "labels": 1280, "eval_score": None, "watched": None, "eval_kl": None}
     | {"eval_win_rate": None, "eval_pairs": None, "kl_trained": 99.0, "accuracy": 0.75},
 ]
 PEOPLE = {"eval_score": None, "eval_win_rate": None, "eval_pairs": None}
@@ -66,7 +68,7 @@ def make(tmp_path):
 
 def test_the_result_is_what_was_learned_what_it_costs_and_how_far_the_model_went(make):
     assert report.result_sentences(make()) == [
-        "Trained on 1,280 preferences by compressibility in 2 epochs of D3PO.",
+        "Trained on 1,280 preferences by compressibility in 3 epochs of D3PO.",
         "Of 10 images from new noise 90 % are better than before (95 % interval 60 to 98 %; ties "
         "count half).",
         "JPEG size 1.80 kB (before: 2.09 kB).",
@@ -84,7 +86,7 @@ def test_the_result_is_what_was_learned_what_it_costs_and_how_far_the_model_went
 def test_the_result_of_people_and_of_files_needs_no_score(make):
     of_people = {"objective": "human", "initial": {"eval_score": None, "watched": 0.998}}
     assert report.result_sentences(make(of_people, PEOPLE))[:-1] == [
-        "Trained on 1,280 preferences by people in 2 rounds of D3PO.",
+        "Trained on 1,280 preferences by people in 3 rounds of D3PO.",
         "A separate classifier recognises 98.9 % of the animals (before: 99.8 %).",
         UNMEASURED,
         "Before it was trained on the last round's answers it agreed with 75 % of them; chance is "
@@ -92,7 +94,7 @@ def test_the_result_of_people_and_of_files_needs_no_score(make):
     ]
     of_file = of_people | {"objective": None, "labels": "/data/pairs.csv", "watch": None}
     assert report.result_sentences(make(of_file, PEOPLE | {"watched": None}))[:-1] == [
-        "Trained on 1,280 preferences from pairs.csv in 2 epochs of D3PO.",
+        "Trained on 1,280 preferences from pairs.csv in 3 epochs of D3PO.",
         UNMEASURED,
     ]
     both = make(of_file | {"objective": "tags"}, PEOPLE | {"watched": None})
@@ -113,7 +115,7 @@ def test_an_evaluation_in_words(make):
         "better than before (95 % interval 66 to 89 %; ties count half). JPEG size 1.90 kB "
         "(before: 2.00 kB).",
     ]
-    result = report.result_sentences(make(result=RESULT | {"epoch": 2}))
+    result = report.result_sentences(make(result=RESULT | {"epoch": 3}))
     assert result[1:-1] == words  # in place of the held-out images
     assert "Of 10 images" in report.result_sentences(make(result=RESULT | {"epoch": 1}))[1]
     some = report.evaluation_sentences(RESULT | {"unscored": 3, "stock": {}}, "compressibility")
@@ -144,7 +146,7 @@ def test_card_and_page_begin_with_the_result_and_ask_nothing_of_the_network(make
     report.write(out, 2, f"pipe.load_lora_weights({str(out / 'lora')!r})")
     card, page = ((out / name).read_text() for name in ("README.md", "report.html"))
     title, result = card.split("\n\n")[:2]
-    assert title == "# emoji_sd, tuned by D3PO on compressibility"
+    assert title == "# emoji_sd, tuned by D3PO on labels by compressibility"
     assert result.split("\n") == report.result_sentences(out)
     assert "pipe.load_lora_weights('lora')" in card and str(out) not in card
     assert re.findall(r"!\[.*?\]\((.*?)\)", card) == ["reward_curve.png", "evaluation.png"]
@@ -162,7 +164,7 @@ def test_warnings_are_shown_with_their_epochs_and_why_the_run_ended(make):
     out = make({"stopped": "The KL is above --max-kl"}, {"warnings": ["<it> breaks"]})
     report.write(out, 2, "code")
     page = (out / "report.html").read_text()
-    for line in ("&lt;it&gt; breaks (epoch 1, 2)", "The KL is above --max-kl"):
+    for line in ("&lt;it&gt; breaks (epoch 1, 2, 3)", "The KL is above --max-kl"):
         assert f"<li>{line}</li>" in page
     report.write(make(), 2, "code")
     assert "Warnings" not in (out / "report.html").read_text()

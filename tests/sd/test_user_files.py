@@ -1,6 +1,5 @@
 """Any bytes in a user's file give an answer or one sentence, and the file stays as it is."""
 
-import contextlib
 import io
 import json
 from pathlib import Path
@@ -10,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from sd import UserError, files, options
+from sd import UserError, files
 from sd.images import open_image
 from sd.label_files import read_label_file
 from sd.labels import read_labels
@@ -32,7 +31,6 @@ ROWS = [
 ]
 examples = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 LABEL = {"epoch": 3, "prompt": "a cat", "images": IMAGES[:2], "scores": [1.0, None], "h": -1}
-SETTINGS = vars(options.parse(["--objective", "human", "--model", "some/thing"])[1])
 
 
 def json_lines(rows: list) -> bytes:
@@ -57,7 +55,6 @@ TABLES = {
     "x.tsv": [table(row, "\t") for row in ROWS],
 }
 LABELS = [json_lines([LABEL, LABEL | {"h": None}, LABEL | {"epoch": 2}])]
-CONFIG = [json.dumps({**SETTINGS, "out": "run"}, default=str).encode()]
 PICTURES = [picture(kind) for kind in ("PNG", "JPEG", "BMP", "WEBP")]
 PIECES = [
     *(b"", b'"', b",", b"\t", b"\n", b"\r", b"\\", b"[", b"]", b"{", b"}", b":", b"\0", b"\xff"),
@@ -79,24 +76,12 @@ def edit(content: bytes, edits: list[tuple[int, int, bytes]]) -> bytes:
     return content
 
 
-def resume(file: Path):
-    """What --resume makes of RUN/config.json; the command line exits with its sentence."""
-    said = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(said):
-            return options.parse(["--resume", str(file.parent)])
-    except SystemExit:
-        _, message = said.getvalue().splitlines()
-        raise ValueError(message) from None
-
-
 READERS = {
     **{f"prompts {name}": (load_prompts, name, whole) for name, whole in TABLES.items()},
     "prompts x.txt": (load_prompts, "x.txt", [b"a cat\n\nK\xc3\xa4tzchen\r\n"]),
     **{f"--labels {name}": (read_label_file, name, whole) for name, whole in TABLES.items()},
     "--labels w/ l/": (lambda file: read_label_file(file.parents[1]), "w/a.txt", [b"a cat"]),
     "labels.jsonl": (lambda file: read_labels(file, [LABEL | {"h": None}]), "labels.jsonl", LABELS),
-    "--resume": (resume, "config.json", CONFIG),
     "an image": (lambda file: open_image(file, (8, 8)), "x.png", PICTURES),
 }
 
@@ -158,7 +143,7 @@ def test_any_text_as_an_objective_is_refused_in_one_sentence(tmp_path, monkeypat
     def check(objective):
         try:
             scorers = load_scorers(objective, ["a cat"])
-        except ValueError as error:
+        except UserError as error:
             known = ("there is no file", "is unknown: choose one", "needs network access")
             assert any(words in str(error) for words in known)
         else:

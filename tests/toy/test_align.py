@@ -117,28 +117,16 @@ def test_the_loop_is_algorithm_1(method, reference):
 def test_alignment_raises_the_score_and_the_accuracy(method):
     policy = new_policy()
     torch.manual_seed(2)
-    first, *_, last = (epoch for epoch in epochs_of(policy, 60, method, label=d3po.preference))
+    first, *_, last = (epoch for epoch in epochs_of(policy, 40, method, label=d3po.preference))
     before, after = (epoch.new.scores.mean().item() for epoch in (first, last))
     # the error of a mean of 32 scores is about 0.2; Eq. 12 trains the first of 5 steps only
     assert after > before + (0.3 if method == "eq12" else 0.8), (before, after)
     assert first.accuracy == 0.5 and first.margin == 0  # the policy is the reference
 
 
-def test_the_weights_follow_the_seed():
-    results = []
-    for seed in (0, 0, 1):
-        policy = new_policy()
-        torch.manual_seed(seed)
-        list(epochs_of(policy))
-        results.append(nn.utils.parameters_to_vector(policy.correction.parameters()))
-    first, again, other = results
-    assert torch.equal(first, again) and not torch.equal(first, other)
-
-
 @EVERY_METHOD
-@pytest.mark.parametrize("replay", [0, 2])
-def test_updates_are_counted(method, replay):
-    policy, n = new_policy(), 2
+def test_updates_are_counted(method):
+    policy, n, replay = new_policy(), 2, 2
     count = []
     hook = register_optimizer_step_post_hook(lambda *_: count.append(1))
     try:
@@ -164,9 +152,8 @@ def test_gradients_are_clipped():
         list(epochs_of(policy, 2, losses=steep))
     finally:
         hook.remove()
-    assert norms == pytest.approx(
-        [MAX_GRAD_NORM] * 2 * T, rel=1e-4
-    )  # torch divides by the norm + 1e-6
+    # torch divides by the norm + 1e-6
+    assert norms == pytest.approx([MAX_GRAD_NORM] * 2 * T, rel=1e-4)
 
 
 def test_calls_of_the_networks():
@@ -237,14 +224,13 @@ def test_accuracy_and_margin_are_those_of_a_double_loop():
                     law = Normal(d3po.policy_mean(denoiser, SCHEDULE, i, state), SCHEDULE.sigma[i])
                     log_ratio[k] += sign * law.log_prob(action).sum().item()
         margins.append(h[n] * (log_ratio[0] - log_ratio[1]))
-    assert epoch.margin == pytest.approx(
-        sum(margins) / len(margins), abs=1e-4
-    )  # float32 log-probs of size 10
+    # float32 log-probs of size 10
+    assert epoch.margin == pytest.approx(sum(margins) / len(margins), abs=1e-4)
     assert epoch.accuracy == pytest.approx(sum(m > 0 for m in margins) / len(margins))
     assert 0 < epoch.accuracy < 1
 
 
-# ReplayBuffer of earlier pairs
+# Earlier pairs
 
 
 def numbered(first, n):
@@ -319,13 +305,6 @@ def test_replay_trains_on_pairs_of_all_epochs():
     assert drawn == {(epoch, old) for epoch in range(n) for old in range(epoch + 1)}
 
 
-def test_without_replay_only_new_pairs_are_trained_on():
-    batches = []
-    epochs = list(epochs_of(new_policy(), 3, losses=recording(batches)))
-    for batch, epoch in zip(batches, epochs, strict=True):
-        assert_same(batch, epoch.new)
-
-
 # What is not finite
 
 
@@ -363,17 +342,13 @@ def all_ties(a, b):
     return torch.zeros(len(a), dtype=torch.long)
 
 
-def test_an_epoch_of_ties_changes_nothing():
+@pytest.mark.parametrize("method", ["eq14", "chain"])
+def test_an_epoch_of_ties_changes_nothing_and_reports_numbers(method):
     policy = new_policy()
     before = nn.utils.parameters_to_vector(policy.parameters()).clone()
-    (epoch,) = epochs_of(policy, 1, label=all_ties)
+    (epoch,) = epochs_of(policy, 1, method, label=all_ties)
     assert torch.equal(nn.utils.parameters_to_vector(policy.parameters()), before)
     assert epoch.labels == PAIRS
-
-
-@pytest.mark.parametrize("method", ["eq14", "chain"])
-def test_an_epoch_of_ties_reports_numbers(method):
-    (epoch,) = epochs_of(new_policy(), 1, method, label=all_ties)
     assert all(math.isfinite(value) for value in (epoch.loss, epoch.accuracy, epoch.margin))
 
 

@@ -1,10 +1,6 @@
-"""`python toy/train_toy.py` with no flag keeps the promises of the README: one training, 30 s.
-
-So does it with --model flow.
-"""
+"""`python toy/train_toy.py` with no flag keeps the promises of the README; so does --model flow."""
 
 import json
-import math
 
 import numpy as np
 import pytest
@@ -29,45 +25,46 @@ def name(request):
 @pytest.fixture(scope="module")
 def run(name, tmp_path_factory):
     out = tmp_path_factory.mktemp(name) / "run"
-    train_toy.main(["--out", str(out), *(["--model", name] if name != "ddpm" else [])])
+    flags = [] if name == "ddpm" else ["--model", name, "--loss", "chain"]
+    train_toy.main(["--out", str(out), *flags])
     return out
 
 
-def test_it_keeps_its_promises(run):
+def test_it_keeps_its_promises(run, name):
     """Promises of the README for five seeds, counted here from the stored points of one."""
     config = json.loads((run / "config.json").read_text())
     samples = np.load(run / "samples.npz")
-    score = worlds.SCORES[config["preference"]]
-    before, after = (score(torch.tensor(samples[name][-1])) for name in ("before", "after"))
-    on_data = worlds.on_data(RING, torch.tensor(samples["after"][-1]))
-    # 4,000 samples err by 0.006 at most
-    assert on_data.float().mean() >= 0.95
-    gain = config["optimum"]["score_star"] - before.mean()
-    assert (after.mean() - before.mean()) / gain >= 0.70
-    assert (after > before).float().mean() >= 0.85
+    before, after = (torch.tensor(samples[points]) for points in ("before", "chain"))
+    assert worlds.on_data(RING, after).float().mean() >= 0.95  # 4,000 samples err by 0.006 at most
+    score_before, score_after = worlds.reach(before), worlds.reach(after)
+    gain = config["optimum"]["score_star"] - score_before.mean()
+    assert (score_after.mean() - score_before.mean()) / gain >= 0.70
+    assert (score_after > score_before).float().mean() >= 0.85
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert len(rows) == config["epochs"]
-    assert rows[-1]["attained_share"] >= 0.85  # 256 chains err by 0.03; the next test is exact
+    last = {row["loss_name"]: row["attained_share"] for row in rows}
+    assert len(rows) == len(last) * config["epochs"]
+    if name == "ddpm":
+        assert last["chain"] > last["eq14"] + 0.1
 
 
 def test_its_share_is_that_of_quadrature(run, name):
     """The stored policy, by an evaluation that samples nothing, against the last of the log."""
-    model = train_toy.MODELS[name]
-    schedule = model.make_schedule(20, 1.0)
+    config = json.loads((run / "config.json").read_text())
+    model, numbers = train_toy.MODELS[name], config["optimum"]
+    schedule = model.make_schedule(config["num_steps"], 1.0)
     policy = ddpm.Adapter(UNTRAINED[name](), schedule, RING, alpha_bars=model.alpha_bars)
-    policy.load_state_dict(torch.load(run / "policy.pt"))
-    numbers = json.loads((run / "config.json").read_text())["optimum"]
+    policy.load_state_dict(torch.load(run / "policy.pt")["chain"])
     score, kl = optimum.evaluate(
         policy, policy.reference, schedule, score=worlds.reach, spacing=0.1
     )
     share = (score - 0.3 * kl - numbers["j_ref"]) / (numbers["j_gauss"] - numbers["j_ref"])
     last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
-    assert share == pytest.approx(last["attained_share"], abs=0.1)  # 256 chains: 3 standard errors
-    assert share >= 0.90  # 0.95 here, 0.94 for the flow
+    assert share == pytest.approx(last["attained_share"], abs=0.1)  # 400 chains: 3 standard errors
+    assert share >= 0.90
 
 
 def test_the_learned_reference_samples_the_ring(run):
-    x = torch.tensor(np.load(run / "samples.npz")["before"][-1])
+    x = torch.tensor(np.load(run / "samples.npz")["before"])
     assert worlds.on_data(RING, x).float().mean() >= 0.95  # 0.959 here, with error 0.003
     share = torch.cdist(x, RING.means).argmin(1).bincount(minlength=8) / len(x)
     assert (share - 1 / 8).abs().max() < 0.03  # the error of a share is 0.005
@@ -78,7 +75,7 @@ def test_the_learned_reference_is_close_to_the_exact_denoiser(run, name):
     model, learned = train_toy.MODELS[name], UNTRAINED[name]()
     exact = worlds.exact_denoiser(RING, model.alpha_bars)
     prefix = "reference.denoiser."
-    stored = torch.load(run / "policy.pt").items()
+    stored = torch.load(run / "policy.pt")["chain"].items()
     learned.load_state_dict({k.removeprefix(prefix): v for k, v in stored if prefix in k})
     n, generator = 20_000, torch.Generator().manual_seed(9)
     x_0 = worlds.sample_data(RING, n, generator)
@@ -89,4 +86,4 @@ def test_the_learned_reference_is_close_to_the_exact_denoiser(run, name):
         times = torch.full((n,), time)
         with torch.no_grad():
             excess = (learned(x, times) - exact(x, times)).square().mean()
-        assert math.sqrt(excess) < 0.1, time  # a tenth of the noise, whose variance is 1
+        assert excess < 0.1**2, time  # a tenth of the noise, whose variance is 1

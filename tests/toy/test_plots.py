@@ -1,84 +1,75 @@
-"""The figure of a run, drawn from a folder that no run has made."""
+"""The figures of a run, drawn from a folder that no run has made."""
 
 import json
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+from PIL import Image
 
 from toy import plots
+
+SHARES = {"eq14": [0.1, 0.2, 0.3], "chain": [0.4, 0.6, 0.9]}
 
 
 @pytest.fixture
 def run(tmp_path):
     rng = np.random.default_rng(0)
     config = {
-        "mixture": "grid",
-        "preference": "avoid",
-        "labels": "greedy",
-        "loss": "chain",
-        "beta": 0.5,
-        "seed": 3,
-        "num_steps": 4,
-        "optimum": {"score_star": -0.1, "score_gauss": -0.2},
+        "preference": "reach",
+        "loss": {"eq14": {"title": "Eq. 14"}, "chain": {"title": "whole chain"}},
+        "epochs": 3,
+        "pairs": 10,
     }
     rows = [
-        {
-            "epoch": n,
-            "score": -1 / n,
-            "kl": n / 10,
-            "win_rate": 0.6,
-            "on_data": 0.9,
-            "attained_share": 0.1 * n,
-            "accuracy": 0.7,
-            "margin": 0.1,
-            "loss": 0.69,
-            "labels": 10 * n,
-        }
-        for n in (1, 2, 3)
+        {"loss_name": name, "attained_share": share, "labels": 10 * n}
+        for name, shares in SHARES.items()
+        for n, share in enumerate(shares, 1)
     ]
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    chains = {name: rng.normal(size=(5, 20, 2)) for name in ("before", "after", "optimum")}
-    np.savez(tmp_path / "samples.npz", data=rng.normal(size=(20, 2)), **chains)
+    points = {name: rng.normal(size=(20, 2)) for name in ("before", *SHARES, "optimum")}
+    epochs = {f"{name}_epochs": rng.normal(size=(4, 20, 2)) for name in SHARES}
+    np.savez(tmp_path / "samples.npz", **points, **epochs)
     return tmp_path
 
 
-def test_the_figure_is_drawn_from_stored_numbers(run, capsys):
+def test_figure_and_animation_are_drawn_from_stored_numbers(run, capsys):
     stored, open_before = {path.name for path in run.iterdir()}, plt.get_fignums()
     plots.main([str(run)])
-    path = run / "toy.png"
-    assert capsys.readouterr().out == f"{path}\n"
-    assert path.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
-    assert {path.name for path in run.iterdir()} == stored | {"toy.png"}
-    pixels = plt.imread(path)
+    assert capsys.readouterr().out == f"{run / 'toy.png'}\n{run / 'toy.gif'}\n"
+    assert {path.name for path in run.iterdir()} == stored | {"toy.png", "toy.gif"}
+    pixels = plt.imread(run / "toy.png")
     assert pixels.shape[0] > 500 and pixels.shape[1] > 1000 and pixels.std() > 0.05
+    with Image.open(run / "toy.gif") as movie:
+        assert movie.n_frames == 4 and movie.width == 700
     assert plt.get_fignums() == open_before  # a notebook may draw many
 
 
-def test_curves_are_the_stored_columns_over_labels(run):
-    lines = [line for axis in plots.run_figure(run).axes for line in axis.get_lines()]
-    drawn = [list(line.get_ydata()) for line in lines if list(line.get_xdata()) == [10, 20, 30]]
-    for column in ([-1, -1 / 2, -1 / 3], [0.1, 0.2, 0.3], [0.7] * 3, [0.6] * 3, [0.69] * 3):
-        assert column in drawn
-
-
-def test_every_panel_names_what_it_shows(run):
+def test_panels_and_curves_show_the_stored_numbers(run):
     figure = plots.run_figure(run)
-    panels = [axis for axis in figure.axes if axis.get_title()]
-    assert len(panels) == 8
-    assert all(axis.get_xlabel() and axis.get_ylabel() for axis in panels)
-    title = figure._suptitle.get_text()
-    assert all(word in title for word in ("grid", "greedy", "chain", "0.5", "seed 3"))
+    panels = {axis.get_title(): axis for axis in figure.axes if axis.get_title()}
+    assert list(panels) == ["before", "Eq. 14", "whole chain", "exact optimum"]
+    samples = np.load(run / "samples.npz")
+    for axis, name in zip(panels.values(), ("before", *SHARES, "optimum"), strict=True):
+        star, cloud = axis.get_lines()
+        assert star.get_marker() == "*" and star.get_xydata().tolist() == [[2, 0]]
+        assert np.array_equal(cloud.get_xydata(), samples[name])
+    curves = figure.axes[-1]
+    assert curves.get_xlabel() and curves.get_ylabel()
+    for line, text, shares in zip(curves.get_lines(), curves.texts, SHARES.values(), strict=False):
+        assert list(line.get_xdata()) == [0, 10, 20, 30]
+        assert list(line.get_ydata()) == [0, *shares]
+        assert text.get_text().endswith(f"{shares[-1]:.2f}")
+
+
+def test_one_loss_and_a_preference_without_a_best_place(run):
     config = json.loads((run / "config.json").read_text())
-    (run / "config.json").write_text(json.dumps(config | {"model": "flow"}))
-    assert "flow" in plots.run_figure(run)._suptitle.get_text() and "flow" not in title
-
-
-def test_one_epoch_is_enough(run):
-    rows = (run / "metrics.jsonl").read_text().splitlines()
-    (run / "metrics.jsonl").write_text(rows[0] + "\n")
-    assert len(plots.run_figure(run).axes) == 10  # eight panels, a second axis, a colour bar
+    config |= {"preference": "avoid", "loss": {"chain": {"title": "whole chain"}}}
+    (run / "config.json").write_text(json.dumps(config))
+    figure = plots.run_figure(run)
+    assert [len(axis.get_lines()) for axis in figure.axes] == [1, 1, 1, 2]
+    plots.draw_animation(run)
 
 
 def test_a_folder_without_samples_is_refused(tmp_path, capsys):

@@ -36,23 +36,15 @@ def test_samples_have_the_weights_means_and_width_of_the_mixture(mixture):
     x = worlds.sample_data(mixture, n, seeded(0))
     assert x.shape == (n, 2)
     error = (mixture.weights * (1 - mixture.weights) / n).sqrt()
-    assert (
-        (shares(mixture, x) - mixture.weights).abs() < 4 * error
-    ).all()  # 4: up to 9 modes at once
-    mode = torch.cdist(x, mixture.means).argmin(
-        1
-    )  # modes are 4.5 sd or more from the border: nearest is right
+    # 4: up to 9 modes at once
+    assert ((shares(mixture, x) - mixture.weights).abs() < 4 * error).all()
+    # modes are 4.5 sd or more from the border: nearest is right
+    mode = torch.cdist(x, mixture.means).argmin(1)
     for k, mean in enumerate(mixture.means):
         rest = x[mode == k] - mean
         assert (rest.mean(0).abs() < 4 * mixture.sd / math.sqrt(len(rest))).all()
         # the sd of a variance estimate is sqrt(2 / n) of it; 3e-3: what the tails beyond 4.5 sd add
         assert (rest.var(0) / mixture.sd**2 - 1).abs().max() < 4 * math.sqrt(2 / len(rest)) + 3e-3
-
-
-def test_samples_follow_the_seed():
-    ring = MIXTURES["ring"]
-    first, again, other = (worlds.sample_data(ring, 5, seeded(seed)) for seed in (0, 0, 1))
-    assert torch.equal(first, again) and not torch.equal(first, other)
 
 
 @EVERY_MIXTURE
@@ -70,25 +62,6 @@ def test_the_exact_denoiser_is_the_score_of_the_noisy_density(mixture):
         torch.testing.assert_close(eps, -(1 - ab).sqrt() * score, rtol=1e-9, atol=1e-10)
 
 
-@EVERY_MIXTURE
-@pytest.mark.parametrize("time", [250, 500, 900])
-def test_the_exact_denoiser_is_the_posterior_mean_of_the_noise(mixture, time):
-    """Samples x_0 weighed by the density of x given x_0: E (x - sqrt(ab) x_0) / sqrt(1 - ab)."""
-    ab = ALPHA_BARS[time].double()
-    x_0 = worlds.sample_data(mixture, 200_000, seeded(1)).double()
-    x = torch.tensor([[0.0, 0.0], [0.4, -0.7], [-1.1, 0.9]], dtype=torch.float64)
-    eps = worlds.exact_denoiser(mixture)(x, torch.full((3,), time))
-    for point, expected in zip(x, eps, strict=True):
-        noise = (point - ab.sqrt() * x_0) / (1 - ab).sqrt()
-        weight = torch.softmax(-noise.square().sum(1) / 2, 0)[:, None]
-        average = (weight * noise).sum(0)
-        error = (weight * (noise - average)).square().sum(0).sqrt()
-        assert (
-            (average - expected).abs() < 4 * error
-        ).all()  # 54 comparisons: 3 would be exceeded now and then
-        assert (error < 0.02).all()  # so that the line above says something
-
-
 def test_the_exact_denoiser_takes_every_row_at_its_own_time():
     denoise = worlds.exact_denoiser(MIXTURES["islands"])
     x, time = torch.randn(6, 2, generator=seeded(2)), torch.tensor([0, 10, 200, 500, 998, 999])
@@ -101,9 +74,8 @@ def test_twenty_steps_of_the_exact_denoiser_sample_the_ring():
     schedule = d3po.make_schedule(ALPHA_BARS, 20)
     x_T = torch.randn(n, 2, generator=seeded(3))
     x = d3po.rollout(worlds.exact_denoiser(ring), schedule, x_T, generator=seeded(4)).x[-1]
-    assert (
-        worlds.on_data(ring, x).float().mean() >= 0.97
-    )  # a 2D Gaussian has 0.989 within 3 sd; T = 20 costs 0.014
+    # a 2D Gaussian has 0.989 within 3 sd; T = 20 costs 0.014
+    assert worlds.on_data(ring, x).float().mean() >= 0.97
     assert (shares(ring, x) - ring.weights).abs().max() < 0.01  # 4 standard errors of a share
 
 
@@ -128,24 +100,14 @@ def test_on_data_ends_at_three_standard_deviations():
     ],
 )
 def test_scores_at_points_computed_by_hand(name, point, value):
-    assert SCORES[name](torch.tensor(point, dtype=torch.float64)).item() == pytest.approx(
-        value, abs=1e-12
-    )
-
-
-@pytest.mark.parametrize("name", SCORES)
-def test_scores_take_any_batch_and_keep_the_dtype(name):
-    x = torch.randn(3, 4, 2, generator=seeded(5))
-    assert SCORES[name](x).shape == (3, 4) and SCORES[name](x).dtype == torch.float32
-    assert SCORES[name](x.double()).dtype == torch.float64
-    torch.testing.assert_close(SCORES[name](x)[1, 2], SCORES[name](x[1, 2]))
+    x = torch.tensor(point, dtype=torch.float64).expand(2, 3, 2)
+    assert SCORES[name](x).shape == (2, 3) and SCORES[name](x).dtype == torch.float64
+    assert SCORES[name](x).flatten().tolist() == pytest.approx([value] * 6, abs=1e-12)
 
 
 def test_points_outside_the_disc_tie():
-    outside, inside = (
-        torch.tensor([[2.0, 0.0], [0.0, -2.0], [-2.0, 1.0]]),
-        torch.tensor([[0.1, 1.9]]),
-    )
+    outside = torch.tensor([[2.0, 0.0], [0.0, -2.0], [-2.0, 1.0]])
+    inside = torch.tensor([[0.1, 1.9]])
     score = worlds.avoid(outside)
     assert d3po.preference(score, score.flip(0)).tolist() == [0, 0, 0]
     assert d3po.preference(score[:1], worlds.avoid(inside)).tolist() == [1]
