@@ -373,11 +373,6 @@ def test_held_out_images_are_evaluated_at_intervals_and_at_the_end(last, every, 
     assert {n for n in range(1, last + 1) if run.is_evaluated(args, n, last)} == at
 
 
-def test_labels_of_an_epoch_are_comparisons_of_scores_or_questions():
-    for flags, labels in ((ANY, 48), (HUMAN, 8), (f"{HUMAN} --images-per-prompt 4", 32), (TAGS, 8)):
-        assert run.labels_of_epoch(parse(flags)) == labels
-
-
 def test_the_groups_of_an_epoch_must_fill_batches():
     args = parse(f"{ANY} --batch-size 2 --prompts-per-epoch 12")
     run.check_batches(args, 3)

@@ -2,13 +2,9 @@
 
 import json
 import math
-import re
 import runpy
 import shutil
-import signal
-import subprocess
-import sys
-import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,7 +13,6 @@ from accelerate.state import AcceleratorState
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 from sd_helpers import (
-    ENVIRONMENT,
     PROMPTS,
     Loaded,
     make_pipeline,
@@ -428,7 +423,7 @@ class Brighter:
 
 
 def test_a_labeller_takes_the_place_of_the_page(tiny, tmp_path):
-    folder = run(tiny, tmp_path / "run", "human", labeller=Brighter(epochs=1))
+    folder = run(tiny, tmp_path / "run", "human", "--replay 1", labeller=Brighter(epochs=1))
     sd_demo.run(resume=folder, labeller=Brighter(epochs=9))
     assert [row["epoch"] for row in read_rows(folder / "metrics.jsonl")] == [1, 2]
     labels = read_rows(folder / "labels.jsonl")
@@ -436,7 +431,7 @@ def test_a_labeller_takes_the_place_of_the_page(tiny, tmp_path):
         first, second = (np.asarray(Image.open(folder / file)).mean() for file in row["images"])
         assert row["h"] == (1 if first > second else -1) and row["scores"] is None
     assert [row["epoch"] for row in labels] == [1, 1, 2, 2]
-    whole = run(tiny, tmp_path / "whole", "human", labeller=Brighter(epochs=2))
+    whole = run(tiny, tmp_path / "whole", "human", "--replay 1", labeller=Brighter(epochs=2))
     assert outcome(folder) == outcome(whole)
     with pytest.raises(UserError, match="call sd_demo.run.resume=.*, labeller=Brighter."):
         options.parse(["--resume", str(folder)])
@@ -446,28 +441,23 @@ def test_a_labeller_takes_the_place_of_the_page(tiny, tmp_path):
 
 CHOICES = [
     "--loss eq12 --reference previous --skip-last 1",
-    "--loss chain --replay 1",
     "--update-every trajectory --reference previous --clip 0.1 --batch-size 1",
-    "--precision bf16 --gradient-checkpointing --eval-images 9 --prompts-per-epoch 4",
+    "--precision bf16 --gradient-checkpointing",
     "--recipe paper --lr 1e-3",
-    "--loss sft --beta 0.3 --replay 1",
-    "--loss diffusion-dpo",
-    "--loss reward-weighted",
-    "--loss ddpo",
+    "--loss diffusion-dpo --replay 1",
     "--loss dpok",
 ]
 
 
 @pytest.mark.parametrize("flags", CHOICES)
 def test_other_choices_run_the_same_loop(tiny, scorers, tmp_path, flags):
-    sees_scores = bool(set(flags.split()) & set(options.SCORED))
     scorer = f"{scorers}:brightness"
-    objective = scorer if sees_scores else f"{scorer},{scorer}"  # never at odds
+    objective = scorer if "dpok" in flags else f"{scorer},{scorer}"  # never at odds
     out = run(tiny, tmp_path / "run", objective, f"{flags} --epochs 1")
     (row,), labels = read_rows(out / "metrics.jsonl"), read_rows(out / "labels.jsonl")
-    assert row["score"] > 0 and row["labels"] == len(labels) == (4 if "epoch 4" in flags else 2)
+    assert row["score"] > 0 and row["labels"] == len(labels) == 2
     assert math.isfinite(row["loss"]) and row["skipped"] == 0
-    if not sees_scores:
+    if "dpok" not in flags:
         assert all(first == second > 0 for row in labels for first, second in row["scores"])
     lora = torch.load(out / "checkpoint" / "state.pt")["lora"]
     assert all(weight.any() for name, weight in lora.items() if "lora_B" in name)
@@ -559,17 +549,10 @@ def test_a_run_ends_whose_scorer_gives_some_images_no_score(tiny, scorers, tmp_p
     assert result["pairs"] + result["unscored"] == 4 and result["unscored"] >= 2
 
 
-def test_a_plan_says_what_a_run_would_do_and_prompts_may_be_there_twice(
-    tiny, scorers, tmp_path, capsys
-):
+def test_a_prompt_that_is_there_twice_keeps_its_images(tiny, scorers, tmp_path):
     (tmp_path / "p.csv").write_text('prompt\n"a cat,\nasleep"\na dog\na dog\n')
     flags = f"--prompts {tmp_path}/p.csv --prompts-per-epoch 8 --epochs 1"
-    out, objective = tmp_path / "run", f"{scorers}:brightness"
-    assert run(tiny, out, objective, f"{flags} --dry-run") is None and not out.exists()
-    plan = capsys.readouterr().out
-    assert f"Prompts of {tmp_path}/p.csv: 3, first: a cat, asleep\n" in plan
-    assert "An epoch: 16 images in 8 groups, 8 labels." in plan and "Memory: about" in plan
-    run(tiny, out, objective, flags)
+    out = run(tiny, tmp_path / "run", f"{scorers}:brightness", flags)
     prompts = {"a cat,\nasleep", "a dog"}
     assert {row["prompt"] for row in read_rows(out / "labels.jsonl")} == prompts
     assert {group[0] for group in torch.load(out / "latents" / "e001.pt")} == prompts
@@ -606,14 +589,13 @@ def test_evaluation_compares_with_the_initial_model_on_new_noises(done, tiny, tm
 
 REFUSED = {  # after the settings, whose refusals are in test_options.py
     "--model nobody/nothing": "network access; or give a folder",
-    "--model EMPTY": "give another folder",
+    "--model empty": "give another folder",
     "--eta 1.5": "eta = 1.5: choose 0 < eta <= 1",
     "--objective beauty": "objective 'beauty' is unknown: choose one of",
     "--objective SCORERS:raises": "raised RuntimeError: no luck",
     "--watch SCORERS:same,SCORERS:blue": "give one scorer",
     "--prompts nothing": "give a file, or animals",
     "--prompts-per-epoch 3": "give a multiple of 2",
-    "--out FILE/below": "cannot be written",
 }
 
 
@@ -622,38 +604,24 @@ def test_a_run_that_cannot_be_is_refused_in_one_sentence_and_nothing_is_written(
     tiny, scorers, tmp_path, monkeypatch, flags
 ):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "file").write_text("")
-    before = sorted(tmp_path.rglob("*"))
-    names = {"SCORERS": scorers, "EMPTY": tmp_path / "empty", "FILE": tmp_path / "file"}
-    for name, path in names.items():
-        flags = flags.replace(name, str(path))
-    with pytest.raises(UserError, match=re.escape(REFUSED[flags])) as refused:
-        run(tiny, tmp_path / "run", "compressibility", flags)
-    assert "\n" not in str(refused.value) and sorted(tmp_path.rglob("*")) == before
+    Path("empty").mkdir()
+    with pytest.raises(UserError) as refused:
+        run(tiny, Path("run"), "compressibility", flags.replace("SCORERS", str(scorers)))
+    assert REFUSED[flags] in " ".join(str(refused.value).split())
+    assert [*tmp_path.rglob("*")] == [tmp_path / "empty"]
 
 
-def test_main_says_a_users_mistake_and_lets_a_bug_show_its_traceback(tiny, tmp_path, monkeypatch):
-    out, start = tmp_path / "run", sd_demo.start
-    with pytest.raises(SystemExit, match="^sd_demo.py: say what to learn"):
-        sd_demo.main([])
-
-    def interrupted(args):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(sd_demo, "start", interrupted)
-    with pytest.raises(SystemExit, match="Stopped before anything was written"):
-        sd_demo.main(["--objective", "compressibility"])
-    monkeypatch.setattr(sd_demo, "start", start)
-
-    learn = sd_demo.learn
+def test_main_says_a_users_mistake_and_lets_a_bug_show_its_traceback(
+    tiny, scorers, tmp_path, monkeypatch
+):
+    flags = ["--model", str(tiny), "--objective", f"{scorers}:raises"]
+    with pytest.raises(SystemExit, match="^sd_demo.py: the scorer .* raised RuntimeError: no luck"):
+        sd_demo.main(flags)
+    learn, out = sd_demo.learn, tmp_path / "run"
     monkeypatch.setattr(sd_demo, "learn", lambda run, *_, **more: int("a bug"))
     with pytest.raises(ValueError, match="a bug"):
         run(tiny, out, "compressibility", "--epochs 1")
     with pytest.raises(ValueError, match="a bug"):
-        sd_demo.main(["--resume", str(out)])
-    monkeypatch.setattr(sd_demo, "learn", lambda *_, **more: interrupted(None))
-    with pytest.raises(SystemExit, match=f"Stopped. {out} has no model yet. Go on with: python"):
         sd_demo.main(["--resume", str(out)])
     monkeypatch.setattr(sd_demo, "learn", learn)
     assert sd_demo.run(resume=out) == out and len(read_rows(out / "metrics.jsonl")) == 1
@@ -671,28 +639,6 @@ def test_a_scorer_that_fails_in_the_middle_stops_with_a_sentence(tiny, scorers, 
     with pytest.raises(UserError, match="raised RuntimeError"):
         sd_demo.run(evaluate=out)
     assert not (out / "evaluation.json").exists()
-
-
-@pytest.mark.slow
-def test_sigterm_ends_a_run_as_ctrl_c_does(tiny, tmp_path):
-    flags = "--objective compressibility --epochs 200 --num-steps 3 --eval-images 1 --device cpu"
-    command = [sys.executable, files.ROOT / "sd_demo.py", *flags.split(), "--model", tiny]
-    with (tmp_path / "log").open("w+") as log:
-        options = {"env": ENVIRONMENT, "cwd": tmp_path, "stdout": log, "stderr": log}
-        process = subprocess.Popen([*map(str, command), "--out", "run"], **options)
-        metrics, deadline = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 300
-        while not (metrics.exists() and metrics.read_text()) and time.monotonic() < deadline:
-            assert process.poll() is None
-            time.sleep(0.1)
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(60) == 1
-        log.seek(0)
-        *_, last = log.read().splitlines()
-    assert re.fullmatch(
-        r"sd_demo.py: Stopped. run (keeps the model of the last good epoch|has no model yet). "
-        r"Go on with: python sd_demo.py --resume run",
-        last,
-    )
 
 
 # Stopping and going on
