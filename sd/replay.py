@@ -44,6 +44,7 @@ class LabelledBatch(NamedTuple):
     pairs: Tensor  # (P, 2) rows (winner, loser)
     scores: Tensor | None = None  # (B,); None where there is not one score an image
     sampled: bool = True  # False: redrawn, so trajectory.log_prob is of nobody
+    weight: float = 1.0  # of its loss
 
 
 class ReplayBuffer:
@@ -97,13 +98,19 @@ class ReplayBuffer:
             self.groups += load_groups(self.folder, epoch)
 
     def draw_part(self, epoch: int, parts: int) -> Iterator[LabelledBatch]:
-        """The share of an epoch in a pass over all groups, in random order, cut into parts."""
+        """The share of an epoch in a pass over all groups, in random order, cut into parts.
+
+        A batch weighs as much as it has votes, so that a pass averages over votes.
+        """
         passes_done, part = divmod(epoch - 1, parts)
         size = label_files.EPOCH_GROUPS
         order = self.shuffled(passes_done, 0)[part * size :][:size]
         across = self.batch_size * self.accelerator.num_processes
         for n, first in enumerate(range(0, len(order), across)):
-            yield self.redraw(order[first : first + across], epoch, n)
+            numbers = order[first : first + across]
+            votes = sum(len(self.groups[k].pairs) for k in numbers)
+            weight = votes / (across * self.labels / len(self.groups))
+            yield self.redraw(numbers, epoch, n)._replace(weight=weight)
 
     def draw(self, epoch: int, batches: int) -> Iterator[LabelledBatch]:
         """Batches of groups drawn at random."""

@@ -353,7 +353,7 @@ class Run:
         total = self.accelerator.reduce(count).item()
         if total == 0:
             return
-        weight = own * self.accelerator.num_processes / total
+        weight = batch.weight * own * self.accelerator.num_processes / total
         batch = batch if len(pairs) else batch._replace(pairs=pairs.new_zeros(1, 2))
         self.losses_left = 1 if args.loss == "eq12" else len(steps)
         count = len(steps) if args.loss == "chain" else 1  # its loss comes in pieces

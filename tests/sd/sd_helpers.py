@@ -27,6 +27,7 @@ FLAGS = """
     --precision fp32 --num-steps 3 --skip-last 0 --guidance-scale 3 --lr 0.005 --lora-rank 4
     --epochs 2 --prompts-per-epoch 2 --batch-size 2 --images-per-prompt 2
     --eval-images 2 --eval-every 1 --no-gradient-checkpointing
+    --loss eq14 --beta 0.05 --replay 0 --no-average-weights --warm-up 1 --max-kl 1e6
 """
 # Of processes that a test starts
 ENVIRONMENT = os.environ | {

@@ -32,26 +32,26 @@ def in_an_empty_folder(tmp_path, monkeypatch):
 
 PRECEDENCE = {
     "epochs": [
-        (ANY, 50),
-        (ON_EMOJI, 24),
+        (ANY, 12),
+        (f"{ON_EMOJI} --loss eq14", 24),
         (HUMAN, 20),
+        (f"{HUMAN} --loss eq14", 20),
         (f"{HUMAN} --labels a.csv", 20),
-        (f"{ON_EMOJI} --labels a.csv", 24),
+        (f"{ON_EMOJI} --labels a.csv", 12),
         ("--labels a.csv", 4),
         ("--labels a.csv --epochs 7", 7),
         (f"{HUMAN} {PAPER}", 400),
         (f"{HUMAN} {PAPER} --epochs 3", 3),
-        (f"{ON_EMOJI} --epochs 50", 50),  # as the default, and typed
+        (f"{ON_EMOJI} --epochs 12", 12),  # as the default, and typed
     ],
-    "images_per_prompt": [(ANY, 4), (ON_EMOJI, 8), (HUMAN, 2), (TAGS, 7), (f"{TAGS} {PAPER}", 2)],
-    "prompts_per_epoch": [(ANY, 8), (ON_EMOJI, 4), (f"{HUMAN} {PAPER}", 80)],
+    "images_per_prompt": [(ANY, 8), (HUMAN, 2), (TAGS, 7), (f"{TAGS} {PAPER}", 2)],
+    "prompts_per_epoch": [(ANY, 4), (TAGS, 8), (f"{HUMAN} {PAPER}", 80)],
     "reference": [(TAGS, "initial"), (f"{TAGS} {PAPER} --reference previous", "previous")],
     "lr": [(ANY, 3e-4), (ON_EMOJI, 1.5e-3), (HUMAN, 1.5e-3), (f"{HUMAN} {PAPER}", 3e-5)],
     "beta": [
-        (ANY, 0.05),
-        (HUMAN, 0.1),
-        (TAGS, 0.03),
-        (f"{HUMAN} --labels a.csv", 0.06),
+        (ANY, 0.12),
+        (HUMAN, 0.12),
+        (f"{ANY} --loss eq14", 0.15),
         (f"{HUMAN} {PAPER}", None),
         (f"{HUMAN} {PAPER} --beta 0.06", 0.06),
         (f"{ON_EMOJI} --loss sft", 0),
@@ -70,7 +70,8 @@ PRECEDENCE = {
         (f"{ON_EMOJI} --gradient-checkpointing", True),
         (f"{ANY} --no-gradient-checkpointing", False),
     ],
-    "loss": [(f"{ANY} --labels a.csv", "chain"), (f"{ANY} --labels a.csv --loss eq14", "eq14")],
+    "loss": [(ANY, "chain"), (TAGS, "chain"), (f"{TAGS} --loss eq14", "eq14")],
+    "replay": [(ANY, 4), (TAGS, 4), (f"{TAGS} --loss eq14", 0), (f"{ANY} --loss ddpo", 0)],
     "prompts": [("--labels a.csv --model some/thing", None), (f"{ANY} --labels a.csv", "animals")],
     "watch": [
         (ANY, None),
@@ -131,14 +132,14 @@ def test_without_a_model_the_machine_decides(monkeypatch, cuda, model):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     args = parse("--objective compressibility")
     assert args.model == model and args.precision == ("fp16" if cuda else "fp32")
-    assert args.epochs == (50 if cuda else 24) and (args.watch is None) == cuda
+    assert args.num_steps == (20 if cuda else 10) and (args.watch is None) == cuda
 
 
 def test_the_emoji_model_is_known_by_its_folder_not_by_how_it_is_written(tmp_path):
     (tmp_path / "link").symlink_to(EMOJI)
-    assert parse("--objective compressibility --model link").epochs == 24
-    assert parse("--objective compressibility --model elsewhere/emoji_sd").epochs == 50
-    assert options.make_settings(objective="compressibility", model=EMOJI).epochs == 24
+    assert parse("--objective compressibility --model link").num_steps == 10
+    assert parse("--objective compressibility --model elsewhere/emoji_sd").num_steps == 20
+    assert options.make_settings(objective="compressibility", model=EMOJI).num_steps == 10
 
 
 # --help
@@ -279,7 +280,7 @@ def test_what_was_handed_in_is_noted_by_name_and_has_to_be_handed_in_again(tmp_p
 
 def test_a_labeller_alone_asks_as_people_are_asked():
     args = options.make_settings(labeller=Labeller(), model=EMOJI)
-    assert args.by_people and args.images_per_prompt == 2 and args.warm_up == 8
+    assert args.by_people and args.images_per_prompt == 2 and args.eval_every == 1
 
 
 def test_a_setting_that_there_is_not_is_refused():
@@ -307,7 +308,7 @@ REFUSED = {
     "--loss chain --update-every timestep": "give no --update-every timestep",
     "--loss chain --recipe paper": "clamps no ratio: give no --clip",
     "--loss dpok --recipe paper": "--loss dpok clamps no ratio: give no --clip",
-    "--beta 0": "--loss eq14 needs a --beta above 0",
+    "--beta 0": "--loss chain needs a --beta above 0",
     "--loss ddpo --replay 2": "give one scorer as --objective, no --labels and no --replay",
     "--loss dpok --labels x.csv": "learns from one score of each new image",
     "--loss reward-weighted --objective tags": "learns from one score of each new image",
