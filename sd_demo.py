@@ -86,7 +86,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         start(options.parse(argv))
     except UserError as error:
-        sys.exit(f"sd_demo.py: {error}")
+        sys.exit(f"sd_demo.py: {' '.join(str(error).split())}")  # some have many lines
     except KeyboardInterrupt:
         sys.exit("Stopped before anything was written.")
 
@@ -99,6 +99,7 @@ def start(args: options.Settings) -> Path | None:
     setup = load(args)
     setup.accelerator.print(describe(setup))
     if args.dry_run:
+        setup.model.release()
         return None
     with open_run(setup) as run:
         if args.evaluate:

@@ -75,6 +75,12 @@ def load(args: Settings) -> Setup:
     of_labels = list(dict.fromkeys(group.prompt for group in groups))
     prompts = read_prompts(args.prompts, "--prompts") or of_labels
     eval_prompts = read_prompts(args.eval_prompts, "--eval-prompts") or prompts
+    models = {"clip": args.clip_model, "head": args.aesthetic_head, "device": accelerator.device}
+    by_scorer = args.objective and not args.by_people
+    scorers = load_scorers(args.objective, prompts, **models) if by_scorer else []
+    watch = load_scorers(args.watch, prompts, **models) if args.watch else []
+    if len(watch) > 1:
+        raise UserError(f"--watch {args.watch}: give one scorer")
     numbered = [*prompts, *sorted({*of_labels, *eval_prompts} - {*prompts})]
     model = load_model(
         args,
@@ -86,12 +92,6 @@ def load(args: Settings) -> Setup:
     )
     if args.beta is None:
         args = replace(args, beta=options.PAPER_BETA / math.prod(model.latent_shape))
-    models = {"clip": args.clip_model, "head": args.aesthetic_head, "device": accelerator.device}
-    by_scorer = args.objective and not args.by_people
-    scorers = load_scorers(args.objective, prompts, **models) if by_scorer else []
-    watch = load_scorers(args.watch, prompts, **models) if args.watch else []
-    if len(watch) > 1:
-        raise UserError(f"--watch {args.watch}: give one scorer")
     evaluator = Evaluator(model, args, scorers, watch=watch)
     return Setup(args, accelerator, model, evaluator, numbered, groups, bar)
 

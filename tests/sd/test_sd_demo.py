@@ -2,45 +2,45 @@
 
 import json
 import math
-import os
 import re
+import runpy
 import shutil
+import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
 import torch
-from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 from sd_helpers import (
-    FLAGS,
+    ENVIRONMENT,
     PROMPTS,
     Loaded,
+    make_pipeline,
     outcome,
     read_rows,
     run,
     same_images,
     same_lora,
+    start_python,
+    typed,
 )
 from test_model import as_ddim, stock_images
 
 import d3po
 import sd_demo
-from sd import cost, figures, files, metrics, options
-from sd.files import ROOT
-from sd.losses import SCORED
+from sd import UserError, figures, files, metrics, options
+from sd import run as run_room
+from sd.labels import Label
 from sd.model import Batch, PipelinePolicy
 from sd.replay import LabelledBatch
 from sd.seeds import RandomPurpose, seeded_generator
 
-# Of processes that a test starts
-ENVIRONMENT = os.environ | {
-    **{"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-    "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests" / "sd")]),
-}
+pytestmark = pytest.mark.usefixtures("no_figures")
 
 # Training
 
@@ -56,11 +56,10 @@ LOSSES = [
 def test_training_raises_winners_over_losers(tiny, loss, every):
     loaded = Loaded(tiny, f"--loss {loss} --update-every {every}")
     batch, pairs = loaded.sample(), torch.tensor([[1, 0], [2, 3]])
-    losses = [np.mean(loaded.update(batch, pairs.tolist())[0]) for _ in range(3)]
+    losses = [np.mean(loaded.update(batch, pairs)[0]) for _ in range(3)]
     log_ratio = (loaded.log_prob(batch) - loaded.reference_log_prob(batch)).sum(0)
-    of_batch = metrics.LogRatios(*log_ratio[pairs.T].tolist(), [], [])
-    found = metrics.preference_metrics([of_batch], beta=1.0)
-    assert found["accuracy"] == 1 and found["margin"] > 1
+    winners, losers = log_ratio[pairs.T]
+    assert (winners > losers).all() and (winners - losers).mean() > 1
     assert losses[-1] < losses[0] < math.log(2) + 0.01
 
 
@@ -90,19 +89,18 @@ def test_each_loss_has_its_steps_updates_and_gradient(tiny, loss, every):
 
     updates = [[i] for i in order] if every == "timestep" else [order]
     updates = [[0]] if loss == "eq12" else updates
-    gradients, values = [], []
-    # In place of the optimiser's step: all updates are about the same weights
-    loaded.optimizer.step = lambda: gradients.append(
-        torch.cat([weight.grad.flatten() for weight in lora])
-    )
-    losses, overflows = loaded.update(batch, pairs, ref, order)
+    gradients, values = loaded.gradients(), []  # all updates are about the same weights
+    losses, overflows = loaded.update(batch, pairs, order)
     assert overflows == [False] * len(updates) and len(losses) == sum(map(len, updates))
     for gradient, steps in zip(gradients, updates, strict=True):
         value = objective(steps)
         values.append(value.item())
-        expected = torch.cat([part.flatten() for part in torch.autograd.grad(value, lora)])
+        own, expected = (
+            torch.cat([part.flatten() for part in parts])
+            for parts in (gradient, torch.autograd.grad(value, lora))
+        )
         # float32, and beta times a log-prob of 1e-3 nats' rounding
-        assert (gradient - expected).norm() < 1e-3 * expected.norm()
+        assert (own - expected).norm() < 1e-3 * expected.norm()
     count = 1 if loss == "chain" else len(losses)  # a chain's loss is not cut into T
     assert np.mean(losses) == pytest.approx(sum(values) / count, rel=1e-3)
 
@@ -112,30 +110,27 @@ def test_training_changes_the_lora_and_nothing_else(tiny):
     unet, batch = loaded.model.pipe.unet, loaded.sample()
     before = {name: weight.clone() for name, weight in unet.state_dict().items()}
     reference = loaded.reference_log_prob(batch)
-    loaded.update(batch, [[0, 1], [3, 2]], reference)
+    assert loaded.update(batch, []) == ([], [])  # without pairs nothing
+    assert all(torch.equal(weight, before[name]) for name, weight in unet.state_dict().items())
+    loaded.update(batch, [[0, 1], [3, 2]])
     for name, weight in unet.state_dict().items():
         assert torch.equal(weight, before[name]) == ("lora_" not in name), name
     assert torch.equal(loaded.reference_log_prob(batch), reference)
     assert (loaded.log_prob(batch) - reference).abs().max() > 0.1
 
 
-def test_the_gradient_is_clipped_to_its_norm(tiny):
-    loaded, norms = Loaded(tiny, "--max-grad-norm 1e-3"), []
-    lora = loaded.model.lora
-    loaded.optimizer.step = lambda: norms.append(
-        torch.cat([weight.grad.flatten() for weight in lora]).norm().item()
-    )
+def test_the_gradient_is_clipped_to_its_norm_and_is_zero_beyond_the_clamp(tiny):
+    loaded = Loaded(tiny, "--max-grad-norm 1e-3")
+    gradients = loaded.gradients()
     loaded.update(loaded.sample(), [[0, 1]])
+    norms = [torch.cat([part.flatten() for part in parts]).norm().item() for parts in gradients]
     assert norms == [pytest.approx(1e-3, rel=1e-2)] * 3
-
-
-def test_beyond_the_clamp_there_is_no_gradient(tiny):
-    loaded, norms = Loaded(tiny, "--clip 1e-6"), []
-    batch, lora = loaded.sample(), loaded.model.lora
+    loaded = Loaded(tiny, "--clip 1e-6")
+    batch, gradients = loaded.sample(), loaded.gradients()
     reference = loaded.reference_log_prob(batch) - 1  # nats: the policy is far above it
-    loaded.optimizer.step = lambda: norms.append(sum(w.grad.abs().sum().item() for w in lora))
-    loaded.update(batch, [[0, 1]], reference)
-    assert norms == [0] * 3
+    loaded.run.reference_log_prob = lambda batch: reference
+    loaded.update(batch, [[0, 1]])
+    assert len(gradients) == 3 and not any(part.any() for parts in gradients for part in parts)
 
 
 @pytest.mark.parametrize("reference", ["initial", "previous"])
@@ -143,67 +138,45 @@ def test_metrics_of_a_batch_are_of_the_policy_before_it_trains_on_it(tiny, refer
     loaded = Loaded(tiny, f"--reference {reference} --skip-last 1 --beta 0.2")
     loaded.update(loaded.sample(), [[0, 1], [3, 2]])
     batch = loaded.sample((2, 3))  # of a policy that is not the initial model any more
-    ref_log_prob = sd_demo.reference_log_prob(loaded.run, batch)
     sampled, initial = batch.trajectory.log_prob, loaded.reference_log_prob(batch)
-    assert torch.equal(ref_log_prob, sampled if reference == "previous" else initial)
     labelled = LabelledBatch(batch.trajectory, batch.cond, torch.tensor([[1, 0], [3, 2]]))
-    found = loaded.run.log_ratios(labelled, ref_log_prob, sampled=True)
+    ref_log_prob = loaded.run.reference_log_prob(labelled)
+    assert torch.equal(ref_log_prob, sampled if reference == "previous" else initial)
     log_ratio = sampled - initial
-    assert found.chains == log_ratio.sum(0).tolist()
-    assert found.trained == log_ratio[:2].sum(0).tolist()
-    assert found.winners == [found.trained[1], found.trained[3]]
-    assert found.losers == [found.trained[0], found.trained[2]]
-    assert metrics.kl([found])["kl"] > 0.1
     # Of trajectories that nobody sampled it asks the policy
-    drawn = labelled._replace(trajectory=d3po.Trajectory(batch.trajectory.x, sampled * 0))
-    found = loaded.run.log_ratios(drawn, ref_log_prob, sampled=False)
-    assert found.chains == pytest.approx(log_ratio.sum(0).tolist(), rel=1e-3, abs=1e-3)
-
-
-def test_accuracy_and_kl_are_of_all_new_pairs_and_chains(
-    tiny, scorers, tmp_path, monkeypatch, no_figures
-):
-    seen, pairs, kl = [], metrics.preference_metrics, metrics.kl
-
-    def watch(batches):
-        seen.append([len(batch.winners) + len(batch.chains) for batch in batches])
-        return batches
-
-    monkeypatch.setattr(metrics, "preference_metrics", lambda all, beta: pairs(watch(all), beta))
-    monkeypatch.setattr(metrics, "kl", lambda all: kl(watch(all)))
-    run(tiny, tmp_path / "run", f"{scorers}:brightness", "--batch-size 1 --replay 2")
-    both = [1 + 2, 1 + 2]  # a pair and two chains of each new batch, and nothing of earlier ones
-    assert seen == [[], both, both, both]
-
-
-def test_without_pairs_nothing_is_trained(tiny):
-    loaded = Loaded(tiny)
-    before = loaded.lora()
-    assert loaded.update(loaded.sample(), []) == ([], [])
-    assert same_lora(loaded.lora(), before)
+    drawn = labelled._replace(
+        trajectory=d3po.Trajectory(batch.trajectory.x, sampled * 0), sampled=False
+    )
+    loaded.run.measure(drawn, ref_log_prob if reference == "initial" else sampled * 0)
+    sd_demo.learn(loaded.run, labelled, measured=True)
+    asked, noted = loaded.run.log_ratios
+    assert asked.chains == pytest.approx(log_ratio.sum(0).tolist(), rel=1e-3, abs=1e-3)
+    assert noted.chains == log_ratio.sum(0).tolist()
+    assert noted.trained == log_ratio[:2].sum(0).tolist()
+    assert noted.winners == [noted.trained[1], noted.trained[3]]
+    assert noted.losers == [noted.trained[0], noted.trained[2]]
+    assert metrics.kl([noted])["kl"] > 0.1
 
 
 def test_memory_is_that_of_one_step_and_checkpointing_halves_it(tiny):
-    plain, gradients = bytes_held(tiny, "", [0])
+    plain, gradients = bytes_held(tiny, "--skip-last 2")
     checkpointing = "--gradient-checkpointing"
-    one, same_gradients = bytes_held(tiny, checkpointing, [0])
-    three, _ = bytes_held(tiny, checkpointing, [0, 1, 2])
-    chain, _ = bytes_held(tiny, f"{checkpointing} --loss chain", [0, 1, 2])
+    one, same_gradients = bytes_held(tiny, f"{checkpointing} --skip-last 2")
+    three, _ = bytes_held(tiny, checkpointing)
+    chain, _ = bytes_held(tiny, f"{checkpointing} --loss chain")
     # A tiny UNet has few blocks: the benchmark on larger ones asks for a third
     assert one < plain / 2 and three == one
     assert chain == pytest.approx(one, rel=0.01)
     torch.testing.assert_close(gradients, same_gradients, rtol=1e-4, atol=1e-7)
 
 
-def bytes_held(tiny, flags: str, steps: list[int]) -> tuple[int, list]:
-    """The most that autograd keeps in an update over some steps, and the first gradients."""
+def bytes_held(tiny, flags: str) -> tuple[int, list]:
+    """The most that autograd keeps in an update over some steps, and its gradients."""
     loaded, held = Loaded(tiny, f"{flags} --update-every trajectory"), Held()
-    loaded.optimizer.step = lambda: None
-    loaded.optimizer.zero_grad = lambda: None
-    batch = loaded.sample()
+    batch, gradients = loaded.sample(), loaded.gradients()
     with torch.autograd.graph.saved_tensors_hooks(held.pack, lambda kept: kept.tensor):
-        loaded.update(batch, [[1, 0], [3, 2]], steps=steps)
-    return held.most, [weight.grad for weight in loaded.model.lora]
+        loaded.update(batch, [[1, 0], [3, 2]])
+    return held.most, gradients[0]
 
 
 class Held:
@@ -233,87 +206,72 @@ def test_an_update_that_overflows_is_skipped(tiny, overflows):
     loaded = Loaded(tiny)
     overflows.add(1)
     batch, pairs = loaded.sample(), [[0, 1], [2, 3]]
-    losses, skipped = loaded.update(batch, pairs)
+    losses, skipped = loaded.update(batch, pairs, [0, 1, 2])
     assert skipped == [False, True, False] and np.isfinite(losses).all()
     overflows.clear()
     other = Loaded(tiny)
-    other.update(batch, pairs, steps=[0, 2])
+    other.update(batch, pairs, [0, 2])
     assert same_lora(loaded.lora(), other.lora())  # as if the step had not been
 
 
 def test_a_grad_scaler_skips_the_update_and_halves_its_factor(tiny, overflows):
     """The path of fp16 on a GPU, with torch's scaler for CPUs."""
-    accelerator, norms, pairs = Accelerator(), [], [[0, 1], [2, 3]]
+    norms, pairs = [], [[0, 1], [2, 3]]
     try:
-        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
-        loaded = Loaded(tiny, accelerator=accelerator)
+        loaded = Loaded(tiny)
+        accelerator = loaded.run.accelerator
+        accelerator.scaler = torch.amp.GradScaler("cpu", 2.0**16)
+        accelerator._optimizers.clear()
+        loaded.run.optimizer = accelerator.prepare(loaded.optimizer.optimizer)
         # From here on it unscales
         accelerator.native_amp, accelerator.state._mixed_precision = True, "fp16"
         overflows.add(1)
         batch, clip = loaded.sample(), accelerator.clip_grad_norm_
         accelerator.clip_grad_norm_ = lambda *args: norms.append(clip(*args)) or norms[-1]
-        assert loaded.update(batch, pairs)[1] == [False, True, False]
+        assert loaded.update(batch, pairs, [0, 1, 2])[1] == [False, True, False]
         assert accelerator.scaler.get_scale() == 2.0**15
         overflows.clear()
     finally:
         AcceleratorState._reset_state(reset_partial_state=True)
     plain = Loaded(tiny)
-    plain.update(batch, pairs, steps=[0, 2])
+    plain.update(batch, pairs, [0, 2])
     for name, weight in plain.lora().items():
         torch.testing.assert_close(weight, loaded.lora()[name])
     assert norms[0] < 100  # of the unscaled gradient
 
 
-def test_the_last_ten_updates_decide_if_a_run_stops(tiny):
+def test_the_last_ten_updates_of_all_epochs_decide_if_a_run_stops(tiny):
     loaded = Loaded(tiny)
-    for fine in ([], [True] * 9, [False] + [True] * 9, [True] * 9 + [False]):
-        sd_demo.check_finite(loaded.run, 7, fine)
-    with pytest.raises(FloatingPointError, match="Epoch 7: .* lower --lr .now 0.005."):
-        sd_demo.check_finite(loaded.run, 7, [True] * sd_demo.MAX_SKIPPED)
+    for fine in ([True] * 9, [False] + [True] * 9, [True] * 9 + [False], []):
+        loaded.run.overflows = fine
+        loaded.run.finish(sampled=True)
+    loaded.run.begin(7)
+    loaded.run.overflows = [True] * run_room.MAX_SKIPPED
+    with pytest.raises(UserError, match="Epoch 7: .* lower --lr .now 0.005."):
+        loaded.run.finish(sampled=True)
+    loaded.run.last_overflows, loaded.run.overflows = [], []
     loaded.model.lora[-1].data.view(-1)[0] = math.inf
-    with pytest.raises(FloatingPointError, match="weights are not finite any more"):
-        sd_demo.check_finite(loaded.run, 7, [])
+    with pytest.raises(UserError, match="weights are not finite any more"):
+        loaded.run.finish(sampled=True)
 
 
 @pytest.mark.slow
 def test_ten_overflows_over_two_epochs_stop_a_run_and_it_can_be_resumed(
-    tiny, scorers, tmp_path, no_figures, overflows, capsys
+    tiny, scorers, tmp_path, overflows, capsys
 ):
     overflows |= set(range(2, 12))  # of 6 updates an epoch
-    objective, flags = f"{scorers}:brightness", "--batch-size 1"
-    with pytest.raises(SystemExit) as stop:
-        run(tiny, tmp_path / "run", objective, flags)
-    message = stop.value.code
-    assert "Epoch 2" in message and "--lr" in message and str(tmp_path / "run") in message
-    (row,) = read_rows(tmp_path / "run" / "metrics.jsonl")
+    out = tmp_path / "run"
+    with pytest.raises(UserError, match=f"Epoch 2: .* --lr .*{out} keeps the model"):
+        run(tiny, out, f"{scorers}:brightness", "--batch-size 1")
+    (row,) = read_rows(out / "metrics.jsonl")
     assert row["epoch"] == 1 and row["skipped"] == 4
     assert "4 updates skipped" in capsys.readouterr().out
-    state = torch.load(tmp_path / "run" / "checkpoint" / "state.pt")
+    state = torch.load(out / "checkpoint" / "state.pt")
     assert state["epoch"] == 1 and all(w.isfinite().all() for w in state["lora"].values())
 
-    sd_demo.main(["--resume", str(tmp_path / "run")])  # the overflows are over
-    first, second = read_rows(tmp_path / "run" / "metrics.jsonl")
+    sd_demo.run(resume=out)  # the overflows are over
+    first, second = read_rows(out / "metrics.jsonl")
     assert first == row and second["skipped"] == 0
-
-
-def test_overflows_that_ended_do_not_stop_a_run(tiny, scorers, tmp_path, no_figures, overflows):
-    overflows |= set(range(10))  # the last two of 12 updates are good
-    out = run(tiny, tmp_path / "run", f"{scorers}:brightness", "--num-steps 12 --epochs 1")
-    assert read_rows(out / "metrics.jsonl")[0]["skipped"] == 10
-
-
-def test_weights_that_are_not_finite_stop_a_run(tiny, scorers, tmp_path, monkeypatch):
-    update_batch = sd_demo.update_batch
-
-    def broken(run, *rest, **options):
-        done = update_batch(run, *rest, **options)
-        run.model.lora[0].data.view(-1)[0] = math.nan
-        return done
-
-    monkeypatch.setattr(sd_demo, "update_batch", broken)
-    with pytest.raises(SystemExit, match="not finite any more"):
-        run(tiny, tmp_path / "run", f"{scorers}:brightness")
-    assert not read_rows(tmp_path / "run" / "metrics.jsonl")
 
 
 # A run and what it leaves
@@ -336,8 +294,8 @@ def done(tiny, scorers, tmp_path_factory):
     return out, drawn
 
 
-def test_a_run_leaves_its_folder(done, tiny):
-    out, _ = done
+def test_a_run_leaves_its_folder_and_draws_its_figures_after_each_epoch(done, tiny):
+    out, drawn = done
     config = files.read_json(out / "config.json")
     assert config["model"] == str(tiny) and config["seed"] == 0 and config["lr"] == 0.02
     assert config["versions"]["torch"] == torch.__version__
@@ -345,19 +303,18 @@ def test_a_run_leaves_its_folder(done, tiny):
     names = {str(path.relative_to(out)) for path in out.rglob("*") if "images" not in path.parts}
     assert names == {
         *("config.json", "metrics.jsonl", "labels.jsonl", "README.md", "report.html", ".lock"),
-        *("reward_curve.png", "progress.png", "before_after.png"),
+        *("reward_curve.png", "progress.png"),
         *("lora", "lora/pytorch_lora_weights.safetensors", "checkpoint", "checkpoint/state.pt"),
         *("latents", "latents/e001.pt", "latents/e002.pt"),
     }
-    card = (out / "README.md").read_text()
-    assert "--objective" in card and "load_lora_weights" in card and "2 epochs" in card
-    pictures = re.findall(r"!\[.*?\]\((.*?)\)", card)
-    assert len(pictures) == 2 and all((out / name).is_file() for name in pictures)
+    assert len(drawn) == 2 and all(len(figures) == 2 for figures in drawn)
+    assert all(before != after for before, after in zip(*drawn, strict=True))
 
 
 def test_metrics_have_the_keys_of_the_design(done):
     out, _ = done
-    keys = """epoch labels preferences unscored score score_sem eval_score eval_win_rate watched
+    keys = """epoch labels preferences unscored score score_sem eval_score eval_win_rate eval_pairs
+        watched
         accuracy margin kl kl_trained eval_kl loss skipped log_ratio_winners log_ratio_losers
         seconds_sample seconds_train peak_memory_mb bad_share warnings""".split()
     first, second = rows = read_rows(out / "metrics.jsonl")
@@ -391,24 +348,19 @@ def test_labels_say_what_the_stored_images_are(done):
     assert metrics.mean_score(first)["score"] == score
 
 
-def test_figures_are_drawn_after_each_epoch(done):
-    _, drawn = done
-    assert len(drawn) == 2 and all(len(figures) == 3 for figures in drawn)
-    assert all(before != after for before, after in zip(*drawn, strict=True))
-
-
-def test_held_out_images_are_the_initial_models_and_the_tuned_models(done, tiny):
-    initial, tuned = (figures.held_out_images(done[0], epoch) for epoch in (0, 2))
-    loaded = Loaded(tiny, "--images-per-prompt 3")
-    assert same_images(loaded.sample((0, 1), 1, RandomPurpose.HELD_OUT, 0).images, initial)
-    assert not same_images(initial, tuned, 3)
-
-
-def test_the_trained_lora_gives_the_same_images_in_a_fresh_pipeline(done, tiny):
+def test_images_are_those_of_the_seed_and_of_the_lora_in_a_fresh_pipeline(done, tiny, tmp_path):
     out, _ = done
-    loaded = Loaded(tiny, "--seed 1")  # another seed: the LoRA must come from the file
-    loaded.args.out = out
-    assert loaded.run.load_checkpoint() == 2
+    for seed in (0, 1):  # where the LoRA must come from the file
+        loaded = Loaded(tiny, f"{GROUPS_OF_3} --seed {seed}")
+        initial = figures.held_out_images(out, 0)
+        own = [loaded.sample((n,), 1, RandomPurpose.HELD_OUT, n).images[0] for n in (0, 1)]
+        loaded.run.replay.folder = tmp_path
+        batch = loaded.run.sample(1 + seed)[1]
+        stored = [Image.open(out / file) for file in batch.files]
+        assert same_images(own, initial) == same_images(batch.images, stored, 0) == (seed == 0)
+    loaded.run.folder = out
+    loaded.run.load_checkpoint()
+    assert loaded.run.epochs_done == 2
     tuned = loaded.sample((1, 3), 2, 1)
     initial = loaded.sample((1, 3), 2, 1, denoiser=loaded.model.reference)
     pipe, prompts = as_ddim(StableDiffusionPipeline.from_pretrained(tiny)), [PROMPTS[1], PROMPTS[3]]
@@ -422,47 +374,82 @@ def test_the_trained_lora_gives_the_same_images_in_a_fresh_pipeline(done, tiny):
     assert not same_images(tuned.images, initial.images, 3)
 
 
-def test_the_same_seed_gives_the_same_run_and_another_seed_another(
-    done, tiny, scorers, tmp_path, no_figures
-):
-    flags = f"{GROUPS_OF_3} --watch {scorers}:blue"
-    same = run(tiny, tmp_path / "same", f"{scorers}:brightness", flags)
-    assert outcome(same) == outcome(done[0])
-    for seed in (0, 1):
-        loaded = Loaded(tiny, f"{GROUPS_OF_3} --seed {seed}")
-        loaded.run.memory.folder = tmp_path / f"latents_{seed}"
-        loaded.run.memory.folder.mkdir()
-        batch = sd_demo.sample_epoch(loaded.run, 1)[1]
-        images = [Image.open(done[0] / file) for file in batch.files]
-        assert same_images(batch.images, images, 0) == (seed == 0)
-
-
-def test_one_epoch_of_the_emoji_model_from_command_line_to_lora(tmp_path, no_figures):
+def test_one_epoch_of_the_emoji_model_from_command_line_to_lora(tmp_path):
     out, flags = tmp_path / "run", "--epochs 1 --num-steps 4 --images-per-prompt 2 --eval-images 2"
     sd_demo.main(["--objective", "compressibility", "--out", str(out), *flags.split()])
     (row,) = read_rows(out / "metrics.jsonl")
     assert row["labels"] == 4 and 0 <= row["watched"] <= 1 and row["loss"] > 0
-    loaded = Loaded(options.EMOJI, "--num-steps 4 --lora-rank 16 --guidance-scale 1 --skip-last 2")
-    pipe = as_ddim(StableDiffusionPipeline.from_pretrained(options.EMOJI))
-    pipe.load_lora_weights(out / "lora")
     stored = torch.load(out / "checkpoint" / "state.pt")["lora"]
-    loaded.model.load_lora(stored)
     assert any(weight.abs().max() > 0 for name, weight in stored.items() if "lora_B" in name)
-    images = stock_images(pipe, loaded.args, PROMPTS[:2], K=1, noise=seeded_generator(0))
-    assert same_images(loaded.sample((0, 1), 1).images, images)
+
+
+# From Python
+
+
+def test_functions_a_loaded_pipeline_and_a_list_do_as_their_files_do(done, scorers, tmp_path):
+    """Twice with one pipeline, which comes back as it was, also from what fails."""
+    pipe, functions = make_pipeline(), runpy.run_path(str(scorers))
+    before = {name: weight.clone() for name, weight in pipe.unet.state_dict().items()}
+    scheduler = pipe.scheduler
+    new = {"model": pipe, "prompts": PROMPTS, **typed(GROUPS_OF_3)}
+    for name in ("refused", "planned", "first", "second"):
+        settings = new | {"out": tmp_path / name, "dry_run": name == "planned"}
+        settings |= {"objective": functions["brightness"], "watch": functions["blue"]}
+        if name == "refused":
+            with pytest.raises(UserError, match="raised RuntimeError: no luck"):
+                run(tmp_path, **settings | {"watch": functions["raises"]})
+        else:
+            folder = run(tmp_path, **settings)
+        assert pipe.scheduler is scheduler
+        after = pipe.unet.state_dict()
+        assert before.keys() == after.keys()
+        assert all(torch.equal(before[key], after[key]) for key in before)
+        assert all(weight.requires_grad for weight in pipe.unet.parameters())
+        if name in ("first", "second"):
+            assert folder == tmp_path / name and outcome(folder) == outcome(done[0])
+    assert not (tmp_path / "refused").exists() and not (tmp_path / "planned").exists()
+    assert files.read_json(folder / "config.json")["model"] == "<StableDiffusionPipeline>"
+
+
+class Brighter:
+    """A labeller who prefers the brighter image, and leaves after some epochs."""
+
+    def __init__(self, epochs: int):
+        self.epochs = epochs
+
+    def label(self, batches: list[Batch], epoch: int) -> list[list[Label]] | None:
+        if epoch > self.epochs:
+            return None
+        return [[self.compare(batch, *group) for group in batch.groups] for batch in batches]
+
+    def compare(self, batch, a, b):
+        first, second = (np.asarray(batch.images[k]).mean() for k in (a, b))
+        return Label((a, b), "h", 1 if first > second else -1)
+
+
+def test_a_labeller_takes_the_place_of_the_page(tiny, tmp_path):
+    folder = run(tiny, tmp_path / "run", "human", labeller=Brighter(epochs=1))
+    sd_demo.run(resume=folder, labeller=Brighter(epochs=9))
+    assert [row["epoch"] for row in read_rows(folder / "metrics.jsonl")] == [1, 2]
+    labels = read_rows(folder / "labels.jsonl")
+    for row in labels:
+        first, second = (np.asarray(Image.open(folder / file)).mean() for file in row["images"])
+        assert row["h"] == (1 if first > second else -1) and row["scores"] is None
+    assert [row["epoch"] for row in labels] == [1, 1, 2, 2]
+    whole = run(tiny, tmp_path / "whole", "human", labeller=Brighter(epochs=2))
+    assert outcome(folder) == outcome(whole)
+    with pytest.raises(UserError, match="call sd_demo.run.resume=.*, labeller=Brighter."):
+        options.parse(["--resume", str(folder)])
 
 
 # Other settings
 
 CHOICES = [
     "--loss eq12 --reference previous --skip-last 1",
-    "--loss chain --update-every trajectory",
-    "--step-fraction 0.5 --replay 1",
+    "--loss chain --replay 1",
     "--update-every trajectory --reference previous --clip 0.1 --batch-size 1",
     "--precision bf16 --gradient-checkpointing --eval-images 9 --prompts-per-epoch 4",
     "--recipe paper --lr 1e-3",
-    "--recipe alg1 --prompts-per-epoch 2",
-    "--loss sft",
     "--loss sft --beta 0.3 --replay 1",
     "--loss diffusion-dpo",
     "--loss reward-weighted",
@@ -472,110 +459,86 @@ CHOICES = [
 
 
 @pytest.mark.parametrize("flags", CHOICES)
-def test_other_choices_run_the_same_loop_with_the_passes_of_the_plan(
-    tiny, scorers, tmp_path, monkeypatch, no_figures, flags
-):
-    rows_without_gradient, rows_with_gradient, costs = [], [], []
-    call, estimate = PipelinePolicy.__call__, cost.estimate
-
-    def counted(policy, x, *rest):
-        rows = rows_with_gradient if torch.is_grad_enabled() else rows_without_gradient
-        rows.append(2 * len(x))
-        return call(policy, x, *rest)
-
-    monkeypatch.setattr(PipelinePolicy, "__call__", counted)
-    monkeypatch.setattr(cost, "estimate", lambda *a: costs.append(estimate(*a)) or costs[0])
-    sees_scores = bool(set(flags.split()) & SCORED)
+def test_other_choices_run_the_same_loop(tiny, scorers, tmp_path, flags):
+    sees_scores = bool(set(flags.split()) & set(options.SCORED))
     scorer = f"{scorers}:brightness"
     objective = scorer if sees_scores else f"{scorer},{scorer}"  # never at odds
     out = run(tiny, tmp_path / "run", objective, f"{flags} --epochs 1")
     (row,), labels = read_rows(out / "metrics.jsonl"), read_rows(out / "labels.jsonl")
-    assert row["score"] > 0 and row["labels"] == len(labels) == costs[0].labels
+    assert row["score"] > 0 and row["labels"] == len(labels) == (4 if "epoch 4" in flags else 2)
+    assert math.isfinite(row["loss"]) and row["skipped"] == 0
     if not sees_scores:
         assert all(first == second > 0 for row in labels for first, second in row["scores"])
-
-    assert sum(rows_with_gradient) == costs[0].rows_with_gradient
-    evaluations = 2 * costs[0].calls_eval  # of the initial model, and at the end
-    passes = len(rows_with_gradient) + len(rows_without_gradient)
-    assert passes == costs[0].calls + evaluations
+    lora = torch.load(out / "checkpoint" / "state.pt")["lora"]
+    assert all(weight.any() for name, weight in lora.items() if "lora_B" in name)
 
 
-def test_the_last_steps_are_left_out_and_the_learning_rate_falls_as_a_cosine(
-    tiny, scorers, tmp_path, monkeypatch, no_figures
-):
-    orders, rates, ratios = [], [], []
-    update_batch, log_ratios = sd_demo.update_batch, metrics.log_ratios
+def spy(monkeypatch, owner, name: str, note) -> None:
+    """Show each call of a function to `note` before it is made."""
+    original = getattr(owner, name)
 
-    def update(run, *args, steps, **options):
-        orders.append(steps)
-        rates.append(run.optimizer.param_groups[0]["lr"])
-        return update_batch(run, *args, steps=steps, **options)
+    def shown(*args, **options):
+        note(*args, **options)
+        return original(*args, **options)
 
-    monkeypatch.setattr(sd_demo, "update_batch", update)
+    monkeypatch.setattr(owner, name, shown)
 
-    def watch(ratio, *rest):
-        ratios.append(ratio)
-        return log_ratios(ratio, *rest)
 
-    monkeypatch.setattr(metrics, "log_ratios", watch)
-    flags = "--skip-last 1 --epochs 3 --eval-every 9"
+def test_steps_rates_passes_and_metrics_of_each_epoch(tiny, scorers, tmp_path, monkeypatch):
+    """Two new batches an epoch and one of earlier groups; the last of three steps is left out."""
+    orders, rates, ratios, passes = [], [], [], []
+    spy(monkeypatch, run_room, "step_losses", lambda *_, steps, **more: orders.append(steps))
+    spy(
+        monkeypatch,
+        sd_demo,
+        "learn",
+        lambda run, *_, **more: rates.append(run.optimizer.param_groups[0]["lr"]),
+    )
+    spy(monkeypatch, metrics, "log_ratios", lambda ratio, pairs, _: ratios.append((ratio, pairs)))
+    spy(monkeypatch, PipelinePolicy, "__call__", lambda *_: passes.append(1))
+    flags = "--skip-last 1 --epochs 3 --eval-every 9 --batch-size 1 --replay 1"
     out = run(tiny, tmp_path / "run", f"{scorers}:brightness", flags)
-    assert [sorted(steps) for steps in orders] == [[0, 1]] * 3
-    assert rates == pytest.approx([0.005, 0.005 * 0.75, 0.005 * 0.25])
-    for row, ratio in zip(read_rows(out / "metrics.jsonl"), ratios, strict=True):
-        assert ratio.shape == (3, 4)
+    assert [sorted(steps) for steps in orders] == [[0, 1]] * 9 and len({*map(tuple, orders)}) == 2
+    expected = [0.005 * share for share in (1, 0.75, 0.25) for _ in range(3)]  # a cosine
+    assert rates == pytest.approx(expected)
+    # T = 3 to sample a batch, 3 of the reference, one a loss; and two evaluations
+    assert len(passes) == 3 * (2 * 3 + 3 * 3 + 3 * 2) + 2 * 3
+    rows = read_rows(out / "metrics.jsonl")
+    for row, first, second in zip(rows, ratios[::2], ratios[1::2], strict=True):
+        ratio = torch.cat([first[0], second[0]], 1)
+        winner, loser = torch.cat([first[1], 2 + second[1]]).T
+        trained = ratio[:2].sum(0)
+        assert ratio.shape == (3, 4) and len(winner) == 2
         assert row["kl"] == pytest.approx(ratio.sum().item() / 4, abs=1e-4)
-        assert row["kl_trained"] == pytest.approx(ratio[:2].sum().item() / 4, abs=1e-4)
+        assert row["kl_trained"] == pytest.approx(trained.mean().item(), abs=1e-4)
+        if row["epoch"] > 1:
+            gap = trained[winner] - trained[loser]
+            assert row["accuracy"] == (gap > 0).double().mean()
+            assert row["margin"] == pytest.approx(0.05 * gap.mean().item(), rel=1e-4)
         assert (row["eval_score"] is None) == (row["epoch"] < 3)
 
 
-def test_a_share_of_the_steps_is_drawn_anew_for_each_batch(
-    tiny, scorers, tmp_path, monkeypatch, no_figures
-):
-    drawn, update_batch = [], sd_demo.update_batch
-
-    def update(run, *args, steps, **options):
-        drawn.append(frozenset(steps))
-        return update_batch(run, *args, steps=steps, **options)
-
-    monkeypatch.setattr(sd_demo, "update_batch", update)
-    flags = "--num-steps 4 --step-fraction 0.5 --epochs 3 --prompts-per-epoch 8"
-    run(tiny, tmp_path / "run", f"{scorers}:brightness", flags)
-    assert [len(steps) for steps in drawn] == [2] * 12
-    assert set().union(*drawn) == {0, 1, 2, 3} and len(set(drawn)) > 2
-
-
-def test_an_epoch_of_ties_trains_nothing_and_goes_on(tiny, scorers, tmp_path, no_figures):
-    flags = "--images-per-prompt 3 --prompts hand --batch-size 1"
-    out = run(tiny, tmp_path / "run", f"{scorers}:same", flags)
+def test_epochs_of_ties_train_nothing_and_three_of_them_end_a_run(tiny, scorers, tmp_path, capsys):
+    out = tmp_path / "run"
+    flags = "--images-per-prompt 3 --prompts hand --batch-size 1 --epochs 9"
+    sentence = f"No label of the epochs 1 to 3 says which .* {out} keeps the model"
+    with pytest.raises(UserError, match=sentence) as ended:
+        run(tiny, out, f"{scorers}:same", flags)
+    assert "\n" not in str(ended.value)
     rows = read_rows(out / "metrics.jsonl")
     nothing = ("accuracy", "margin", "log_ratio_winners", "log_ratio_losers", "loss")
     for row in rows:
         assert {row[key] for key in nothing} == {None}
         assert row["score"] == 1 and row["skipped"] == 0 and row["eval_win_rate"] == 0.5
-    assert [row["labels"] for row in rows] == [0, 0]  # a tie is no preference
+        assert row["labels"] == row["preferences"] == 0  # a tie is no preference
+    assert capsys.readouterr().out.count("WARNING: no label says which image is better") == 3
     # One prompt, one model: only noise makes images differ, in a group, between groups and epochs
-    assert len({path.read_bytes() for path in out.glob("images/e00*.png")}) == 12
+    assert len({path.read_bytes() for path in out.glob("images/e00*_p*.png")}) == 18
     state = torch.load(out / "checkpoint" / "state.pt")
     untrained = [weight for name, weight in state["lora"].items() if "lora_B" in name]
-    assert state["epoch"] == 2 and not any(weight.any() for weight in untrained)
-
-
-@pytest.mark.parametrize("scorer", ["same", "nothing"])
-def test_three_epochs_without_a_preference_end_a_run(
-    tiny, scorers, tmp_path, no_figures, capsys, scorer
-):
-    out = tmp_path / "run"
-    with pytest.raises(SystemExit) as stop:
-        run(tiny, out, f"{scorers}:{scorer}", "--epochs 9")
-    assert "No label of the epochs 1 to 3 says which image is better" in stop.value.code
-    assert f"{out} keeps the model" in stop.value.code and "\n" not in stop.value.code
-    rows = read_rows(out / "metrics.jsonl")
-    assert [(row["epoch"], row["preferences"]) for row in rows] == [(1, 0), (2, 0), (3, 0)]
-    assert capsys.readouterr().out.count("WARNING: no label says which image is better") == 3
-    assert torch.load(out / "checkpoint" / "state.pt")["epoch"] == 3
-    with pytest.raises(SystemExit, match="epochs 2 to 4"):  # resumed, it gets one more
-        sd_demo.main(["--resume", str(out)])
+    assert state["epoch"] == 3 and not any(weight.any() for weight in untrained)
+    with pytest.raises(UserError, match="epochs 2 to 4"):  # resumed, it gets one more
+        sd_demo.run(resume=out)
 
 
 @pytest.mark.slow
@@ -591,27 +554,25 @@ def test_a_run_ends_whose_scorer_gives_some_images_no_score(tiny, scorers, tmp_p
     ] * 2
     assert all(row["score"] > 0 and row["loss"] > 0 and row["eval_score"] > 0 for row in rows)
     assert capsys.readouterr().out.count("4 images without a score, in no label") == 2
-    sd_demo.main(["--evaluate", str(out), "--eval-images", "4"])
+    sd_demo.run(evaluate=out, eval_images=4)
     result = json.loads((out / "evaluation.json").read_text(), parse_constant=pytest.fail)
     assert result["pairs"] + result["unscored"] == 4 and result["unscored"] >= 2
-    assert (out / "reward_curve.png").exists()
 
 
-def test_the_run_says_how_many_prompts_it_read(tiny, scorers, tmp_path, capsys):
+def test_a_plan_says_what_a_run_would_do_and_prompts_may_be_there_twice(
+    tiny, scorers, tmp_path, capsys
+):
     (tmp_path / "p.csv").write_text('prompt\n"a cat,\nasleep"\na dog\na dog\n')
-    flags = f"--prompts {tmp_path}/p.csv --dry-run"
-    run(tiny, tmp_path / "run", f"{scorers}:brightness", flags)
-    found = f"Prompts of {tmp_path}/p.csv: 3, first: a cat, asleep\n"
-    assert capsys.readouterr().out.count(found) == 1
-
-
-def test_a_prompt_that_is_there_twice_keeps_its_images(tiny, scorers, tmp_path, no_figures):
-    (tmp_path / "p.txt").write_text("a cat\na cat\na dog\n")
-    flags = f"--prompts {tmp_path}/p.txt --prompts-per-epoch 8 --epochs 1"
-    out = run(tiny, tmp_path / "run", f"{scorers}:brightness", flags)
-    assert {row["prompt"] for row in read_rows(out / "labels.jsonl")} == {"a cat", "a dog"}
-    groups = torch.load(out / "latents" / "e001.pt")
-    assert {group[0] for group in groups} == {"a cat", "a dog"}
+    flags = f"--prompts {tmp_path}/p.csv --prompts-per-epoch 8 --epochs 1"
+    out, objective = tmp_path / "run", f"{scorers}:brightness"
+    assert run(tiny, out, objective, f"{flags} --dry-run") is None and not out.exists()
+    plan = capsys.readouterr().out
+    assert f"Prompts of {tmp_path}/p.csv: 3, first: a cat, asleep\n" in plan
+    assert "An epoch: 16 images in 8 groups, 8 labels." in plan and "Memory: about" in plan
+    run(tiny, out, objective, flags)
+    prompts = {"a cat,\nasleep", "a dog"}
+    assert {row["prompt"] for row in read_rows(out / "labels.jsonl")} == prompts
+    assert {group[0] for group in torch.load(out / "latents" / "e001.pt")} == prompts
 
 
 # Evaluation
@@ -634,24 +595,23 @@ def test_evaluation_compares_with_the_initial_model_on_new_noises(done, tiny, tm
     assert initial["score"] != tuned["score"] and tuned["watched"] > 0
     held_out = files.read_json(out / "config.json")["initial"]["eval_score"]
     assert initial["score"] != pytest.approx(held_out, rel=1e-6)
-    # The initial model's part by hand, in the batches of the run
-    loaded = Loaded(tiny, "--images-per-prompt 3")
-    batches = [((0, 1, 2), 0), ((3, 4), 3)]
-    parts = [
-        loaded.sample(numbers, 1, RandomPurpose.EVALUATION, n).images for numbers, n in batches
-    ]
-    score = np.mean([np.asarray(image).mean() for part in parts for image in part])
+    # The initial model's part by hand, each image from noise of its own
+    loaded = Loaded(tiny)
+    images = [loaded.sample((n,), 1, RandomPurpose.EVALUATION, n).images[0] for n in range(5)]
+    score = np.mean([np.asarray(image).mean() for image in images])
     assert initial["score"] == pytest.approx(score, abs=0.1)
 
 
 # What is refused, and how runs end
 
-
-REFUSED = {  # of a model, after it was loaded: options are refused in test_options.py
+REFUSED = {  # after the settings, whose refusals are in test_options.py
     "--model nobody/nothing": "network access; or give a folder",
     "--model EMPTY": "give another folder",
     "--eta 1.5": "eta = 1.5: choose 0 < eta <= 1",
+    "--objective beauty": "objective 'beauty' is unknown: choose one of",
     "--objective SCORERS:raises": "raised RuntimeError: no luck",
+    "--watch SCORERS:same,SCORERS:blue": "give one scorer",
+    "--prompts nothing": "give a file, or animals",
     "--prompts-per-epoch 3": "give a multiple of 2",
     "--out FILE/below": "cannot be written",
 }
@@ -659,71 +619,94 @@ REFUSED = {  # of a model, after it was loaded: options are refused in test_opti
 
 @pytest.mark.parametrize("flags", REFUSED)
 def test_a_run_that_cannot_be_is_refused_in_one_sentence_and_nothing_is_written(
-    tiny, scorers, tmp_path, monkeypatch, capsys, flags
+    tiny, scorers, tmp_path, monkeypatch, flags
 ):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("")
     before = sorted(tmp_path.rglob("*"))
     names = {"SCORERS": scorers, "EMPTY": tmp_path / "empty", "FILE": tmp_path / "file"}
-    typed = flags
     for name, path in names.items():
-        typed = typed.replace(name, str(path))
-    start = ["--model", str(tiny), "--objective", "compressibility", *FLAGS.split()]
-    with pytest.raises(SystemExit) as stop:
-        sd_demo.main(start + typed.split())
-    usage, message = own_lines(capsys.readouterr().err)
-    assert stop.value.code == 2 and usage.startswith("usage: ")
-    assert message.startswith("sd_demo.py: error: ") and REFUSED[flags] in message
-    assert sorted(tmp_path.rglob("*")) == before
+        flags = flags.replace(name, str(path))
+    with pytest.raises(UserError, match=re.escape(REFUSED[flags])) as refused:
+        run(tiny, tmp_path / "run", "compressibility", flags)
+    assert "\n" not in str(refused.value) and sorted(tmp_path.rglob("*")) == before
 
 
-def own_lines(errors: str) -> list[str]:
-    """Without the progress of loading, which diffusers and transformers rewrite by returns."""
-    lines = errors.split("\n")
-    return [line for line in lines if line and "\r" not in line and "it/s]" not in line]
+def test_main_says_a_users_mistake_and_lets_a_bug_show_its_traceback(tiny, tmp_path, monkeypatch):
+    out, start = tmp_path / "run", sd_demo.start
+    with pytest.raises(SystemExit, match="^sd_demo.py: say what to learn"):
+        sd_demo.main([])
+
+    def interrupted(args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sd_demo, "start", interrupted)
+    with pytest.raises(SystemExit, match="Stopped before anything was written"):
+        sd_demo.main(["--objective", "compressibility"])
+    monkeypatch.setattr(sd_demo, "start", start)
+
+    learn = sd_demo.learn
+    monkeypatch.setattr(sd_demo, "learn", lambda run, *_, **more: int("a bug"))
+    with pytest.raises(ValueError, match="a bug"):
+        run(tiny, out, "compressibility", "--epochs 1")
+    with pytest.raises(ValueError, match="a bug"):
+        sd_demo.main(["--resume", str(out)])
+    monkeypatch.setattr(sd_demo, "learn", lambda *_, **more: interrupted(None))
+    with pytest.raises(SystemExit, match=f"Stopped. {out} has no model yet. Go on with: python"):
+        sd_demo.main(["--resume", str(out)])
+    monkeypatch.setattr(sd_demo, "learn", learn)
+    assert sd_demo.run(resume=out) == out and len(read_rows(out / "metrics.jsonl")) == 1
 
 
-def test_a_scorer_that_fails_in_the_middle_stops_with_a_sentence(
-    tiny, scorers, tmp_path, no_figures
-):
+def test_a_scorer_that_fails_in_the_middle_stops_with_a_sentence(tiny, scorers, tmp_path):
     file, out = tmp_path / "once.py", tmp_path / "run"
     file.write_text(scorers.read_text())
     # The calls: a trial, the initial model, two batches, an evaluation
-    with pytest.raises(SystemExit) as stop:
+    with pytest.raises(UserError, match=f"raised RuntimeError: no.* {out} has no model yet"):
         run(tiny, out, f"{file}:later", "--epochs 1 --batch-size 1")
-    assert "raised RuntimeError: no" in stop.value.code
-    assert f"The run stops; {out} has no model yet" in stop.value.code
     file.write_text(scorers.read_text().replace("calls <= 4", "True"))
-    sd_demo.main(["--resume", str(out)])
+    sd_demo.run(resume=out)
     file.write_text(scorers.read_text().replace("calls <= 4", "calls <= 1"))
-    with pytest.raises(SystemExit, match="raised RuntimeError"):
-        sd_demo.main(["--evaluate", str(out)])
+    with pytest.raises(UserError, match="raised RuntimeError"):
+        sd_demo.run(evaluate=out)
     assert not (out / "evaluation.json").exists()
 
 
-def test_who_stops_a_run_learns_how_to_go_on(tiny, tmp_path, monkeypatch):
-    def interrupt(*args):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(sd_demo, "train", interrupt)
-    out = tmp_path / "run"
-    with pytest.raises(SystemExit) as stop:
-        run(tiny, out, "compressibility")
-    assert f"Go on with: python sd_demo.py --resume {out}" in stop.value.code
+@pytest.mark.slow
+def test_sigterm_ends_a_run_as_ctrl_c_does(tiny, tmp_path):
+    flags = "--objective compressibility --epochs 200 --num-steps 3 --eval-images 1 --device cpu"
+    command = [sys.executable, files.ROOT / "sd_demo.py", *flags.split(), "--model", tiny]
+    with (tmp_path / "log").open("w+") as log:
+        options = {"env": ENVIRONMENT, "cwd": tmp_path, "stdout": log, "stderr": log}
+        process = subprocess.Popen([*map(str, command), "--out", "run"], **options)
+        metrics, deadline = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 300
+        while not (metrics.exists() and metrics.read_text()) and time.monotonic() < deadline:
+            assert process.poll() is None
+            time.sleep(0.1)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 1
+        log.seek(0)
+        *_, last = log.read().splitlines()
+    assert re.fullmatch(
+        r"sd_demo.py: Stopped. run (keeps the model of the last good epoch|has no model yet). "
+        r"Go on with: python sd_demo.py --resume run",
+        last,
+    )
 
 
 # Stopping and going on
 
 
-def test_a_finished_run_is_resumed_with_more_epochs(tiny, scorers, tmp_path, no_figures):
-    objective = f"{scorers}:brightness"
-    short = run(tiny, tmp_path / "short", objective, "--epochs 1")
+def test_a_finished_run_is_resumed_with_more_epochs_and_is_as_an_unbroken_one(
+    done, tiny, scorers, tmp_path
+):
+    flags = f"{GROUPS_OF_3} --watch {scorers}:blue --epochs 1"
+    short = run(tiny, tmp_path / "short", f"{scorers}:brightness", flags)
     command = files.read_json(short / "config.json")["command"]
     sd_demo.main(["--resume", str(short), "--epochs", "2"])
-    long = run(tiny, tmp_path / "long", objective)
-    assert outcome(short) == outcome(long)
-    config, unbroken = (files.read_json(out / "config.json") for out in (short, long))
+    assert outcome(short) == outcome(done[0])
+    config, unbroken = (files.read_json(out / "config.json") for out in (short, done[0]))
     assert config["initial"] == unbroken["initial"]
     assert config["epochs"] == 2 and config["command"] == command
 
@@ -753,7 +736,7 @@ def half_a_file(path):
 
 def kill_at(moment, function, count, leave_half):
     # kill -9 when this file is written for the count-th time, after half of the work
-    write, calls = getattr(run_folder, function), []
+    write, calls = getattr(files, function), []
 
     def wrapped(path, content):
         calls.extend([path] * (path.name == moment))
@@ -762,7 +745,7 @@ def kill_at(moment, function, count, leave_half):
             os.kill(os.getpid(), signal.SIGKILL)
         return write(path, content)
 
-    setattr(run_folder, function, wrapped)
+    setattr(files, function, wrapped)
 
 
 for kill in (
@@ -781,10 +764,10 @@ for kill in (
 
 
 @pytest.mark.slow
-def test_a_run_that_was_killed_goes_on_as_if_it_had_not_been(tiny, scorers, tmp_path, no_figures):
+def test_a_run_that_was_killed_goes_on_as_if_it_had_not_been(tiny, scorers, tmp_path):
     """kill -9 at five moments; each run is resumed, and leaves what an unbroken run leaves."""
     flags = "--replay 2 --average-weights --max-kl 1e6"
-    start(["-c", KILLS, tmp_path, tiny, scorers, flags], tmp_path)
+    start_python(["-c", KILLS, tmp_path, tiny, scorers, flags], tmp_path)
     whole = run(tiny, tmp_path / "whole", f"{scorers}:brightness", flags)
     moments = {"labels.jsonl": 0, **dict.fromkeys(["metrics.jsonl", "state.pt"], 1)}
     moments |= dict.fromkeys(["e002_p00.pt", "e002.pt"], 1)
@@ -792,7 +775,7 @@ def test_a_run_that_was_killed_goes_on_as_if_it_had_not_been(tiny, scorers, tmp_
         out = tmp_path / moment
         state = out / "checkpoint" / "state.pt"
         assert (torch.load(state)["epoch"] if state.exists() else 0) == epochs_done
-        sd_demo.main(["--resume", str(out)])
+        sd_demo.run(resume=out)
         assert outcome(out) == outcome(whole), moment
         assert files_of(out) == files_of(whole), moment
         state, unbroken = torch.load(state), torch.load(whole / "checkpoint" / "state.pt")
@@ -803,15 +786,6 @@ def test_a_run_that_was_killed_goes_on_as_if_it_had_not_been(tiny, scorers, tmp_
 
 def files_of(out) -> set:
     return {path.relative_to(out) for path in out.rglob("*") if path.suffix != ".part"}
-
-
-def start(argv: list, folder, **environment) -> None:
-    """Run Python in a process of its own; it must succeed."""
-    with (folder / "log").open("w") as log:
-        command = [sys.executable, *map(str, argv)]
-        options = {"env": ENVIRONMENT | environment, "stdout": log, "stderr": log}
-        code = subprocess.run(command, **options, timeout=600).returncode
-    assert code == 0, (folder / "log").read_text()[-3000:]
 
 
 # Several processes
@@ -831,20 +805,19 @@ figures.draw_run = lambda run: []
 train = sd_demo.train
 
 
-def keep(run, *rest):
-    train(run, *rest)
+def keep(run):
+    yield from train(run)
     lora = {str(n): weight.data for n, weight in enumerate(run.model.lora)}
-    torch.save(lora, run.args.out / f"rank{os.environ['RANK']}.pt")
+    torch.save(lora, run.folder / f"rank{os.environ['RANK']}.pt")
 
 
 sd_demo.train = keep
 folder, model, scorers = sys.argv[1:]
-chain = "--loss chain --update-every trajectory"
 for name, scorer, flags in (
     ("both", "brightness", ""),
     ("first", "first_only", ""),
     ("none", "same", ""),
-    ("chain", "brightness", chain),
+    ("chain", "brightness", "--loss chain"),
 ):
     flags += " --epochs 1 --prompts-per-epoch 4 --batch-size 1 --device cpu"
     run(Path(model), Path(folder) / name, f"{scorers}:{scorer}", flags)
@@ -857,7 +830,7 @@ def test_two_processes_end_as_one_that_has_both_halves(tiny, scorers, tmp_path):
     (tmp_path / "ranks.py").write_text(RANKS)
     launch = "-m torch.distributed.run --standalone --nproc_per_node 2".split()
     argv = [*launch, tmp_path / "ranks.py", tmp_path, tiny, scorers]
-    start(argv, tmp_path)
+    start_python(argv, tmp_path)
     names = {"both", "first", "none", "chain"}
     assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == names
     for name in names:
@@ -877,7 +850,7 @@ def check_two_processes(tiny, out):
     ties = [h[images] == 0 for images in sorted(h)]
     assert ties == {"first": [False, True] * 2, "none": [True] * 4}.get(out.name, [False] * 4)
 
-    flags = "--loss chain --update-every trajectory" if out.name == "chain" else ""
+    flags = "--loss chain" if out.name == "chain" else ""
     loaded = Loaded(tiny, flags)
     before = [weight.clone() for weight in loaded.model.lora]
     numbers = torch.randint(5, (4,), generator=seeded_generator(0, RandomPurpose.PROMPTS, 1))
@@ -891,7 +864,7 @@ def check_two_processes(tiny, out):
         ]
         pairs = d3po.pairs_from_feedback(torch.tensor(answers)).tolist()
         steps = torch.randperm(3, generator=seeded_generator(0, RandomPurpose.STEPS, 1, n)).tolist()
-        losses += loaded.update(batch, pairs, steps=steps)[0]
+        losses += loaded.update(batch, pairs, steps)[0]
     after = torch.cat([weight.flatten() for weight in loaded.model.lora])
     moved = after - torch.cat([weight.flatten() for weight in before])
     apart = after - torch.cat([weight.flatten() for weight in ranks[0].values()])
