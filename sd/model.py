@@ -8,6 +8,7 @@ coordinate x = x_s / r with r^2 = (1 - s)^2 + s^2:
 At eta = 0 DDIM's step there is Euler's step, and log-ratios are those of the flow's coordinates.
 """
 
+import itertools
 import os
 from collections.abc import Callable
 from contextlib import contextmanager, suppress
@@ -202,7 +203,7 @@ class PipelinePolicy:
         states = x
         if self.prediction == "flow":
             states, time = x / (a + b), 1000 * (b / (a + b)).flatten()
-        states = states.to(conditioning.latents.dtype).repeat(halves, *[1] * (x.ndim - 1))
+        states = states.to(conditioning.dtype).repeat(halves, *[1] * (x.ndim - 1))
         inputs = conditioning.batch(cond)
         inputs["timestep"] = (conditioning.time_unit * time).repeat(halves)
         with self.applied():
@@ -253,6 +254,50 @@ class Model(NamedTuple):
                 for trajectory, cond in zip(trajectories, batch.cond.split(size), strict=True)
             ]
         return torch.cat(parts, 1)
+
+    @contextmanager
+    def in_float32(self):
+        """Inside, the network computes in float32, with the weights that its precision has."""
+        conditioning, dtype = self.conditioning, self.conditioning.dtype
+        tensors = itertools.chain(self.network.parameters(), self.network.buffers())
+        rounded = [tensor for tensor in tensors if tensor.dtype == dtype]
+
+        def change(to: torch.dtype) -> None:
+            conditioning.dtype, conditioning.last_numbers = to, None
+            for tensor in rounded:
+                tensor.data = tensor.data.to(to)
+
+        change(torch.float32)
+        try:
+            yield
+        finally:
+            change(dtype)
+
+    @torch.no_grad()
+    def rounding_kl(self, batch: "Batch", steps: int) -> float:
+        """KL to the reference, nats, that rounding alone adds in half precision; 0 in float32.
+
+            mean over the chains of sum over the first steps of |d - d'|^2 / (2 sigma^2)
+
+        with d = mu - mu_ref as the run computes it, and d' the same weights in float32.
+        """
+        differences = self.mean_differences(batch, steps)
+        with self.in_float32():
+            exact = self.mean_differences(batch, steps)
+        return (differences - exact).square().flatten(2).sum((0, 2)).mean().item() / 2
+
+    def mean_differences(self, batch: "Batch", steps: int) -> Tensor:
+        """(mu - mu_ref) / sigma at the states of a batch: (steps, B, *D)."""
+        means = []
+        for denoiser in (self.sampler, self.reference):
+            with denoiser.applied():
+                of_steps = [
+                    d3po.policy_mean(denoiser, self.schedule, i, batch.trajectory.x[i], batch.cond)
+                    / self.schedule.sigma[i]
+                    for i in range(steps)
+                ]
+            means.append(torch.stack(of_steps))
+        return means[0] - means[1]
 
     def save_lora(self, folder: Path) -> None:
         """Write the LoRA as pipe.load_lora_weights reads it."""

@@ -239,6 +239,7 @@ class Conditioning:
         self.first = self.inputs([0])[0]
         self.latents = self.first["latents"]  # (halves of guidance, *D)
         self.halves = len(self.latents)
+        self.dtype = self.latents.dtype  # of what the network is given
         start = pipe.scheduler.timesteps[0].item()
         self.time_unit = self.first["timestep"].flatten()[0].item() / start  # of the network's time
 
@@ -294,9 +295,10 @@ class Conditioning:
         unique, place = numbers.unique(return_inverse=True)
 
         def rows(*values: Tensor) -> Tensor:
+            dtype = self.dtype if values[0].dtype == self.latents.dtype else None
             if values[0].shape[:1] != (self.halves,):
-                return values[0].to(numbers.device)
-            stacked = torch.stack(values, 1).to(numbers.device)  # (halves, prompts, ...)
+                return values[0].to(numbers.device, dtype)
+            stacked = torch.stack(values, 1).to(numbers.device, dtype)  # (halves, prompts, ...)
             return stacked[:, place].flatten(0, 1)
 
         inputs = map_tensors(rows, *self.inputs(unique.tolist()))

@@ -44,6 +44,7 @@ from sd.replay import (
 from sd.scorers import load_scorers
 from sd.seeds import RandomPurpose, seeded_generator
 
+ROUNDING_IMAGES = 4  # on which half precision is compared with float32
 MAX_SKIPPED = 10  # updates in a row whose gradient overflowed
 LIBRARIES = ("d3po", "torch", "diffusers", "transformers", "peft", "accelerate")
 # What autograd holds in SD 1.5's UNet, in maps of its first block, by gradient checkpointing
@@ -437,6 +438,7 @@ class Run:
         if is_evaluated(self.args, epoch.number, self.last_epoch):
             with self.average.applied():
                 result = self.evaluator.evaluate(self.model.sampler)
+                self.check_rounding()
             keep_images(self.folder, epoch.number, result.images)
         log_ratios, losses = epoch.log_ratios, epoch.losses
         return {
@@ -453,6 +455,34 @@ class Run:
             "seconds_train": epoch.seconds_train,
             "peak_memory_mb": metrics.peak_memory_mb(self.accelerator.device),
         }
+
+    def check_rounding(self) -> None:
+        """Once in half precision: what rounding adds to the KL, and whether the limit sees more.
+
+        config.json keeps it as rounding_kl. Raises UserError for a limit below it.
+        """
+        args, file = self.args, self.folder / "config.json"
+        if args.precision == "fp32" or "rounding_kl" in (config := files.read_json(file)):
+            return
+        model, numbers = self.model, self.model.eval_prompts[:ROUNDING_IMAGES]
+        batch = sample(
+            model,
+            model.sampler,
+            numbers,
+            images_per_prompt=1,
+            generators=[
+                seeded_generator(args.seed, RandomPurpose.HELD_OUT, n) for n in range(len(numbers))
+            ],
+        )
+        kl = model.rounding_kl(batch, args.trained_steps)
+        files.save_json(file, {**config, "rounding_kl": kl})
+        message = f"In {args.precision} rounding alone adds {kl:.2g} nats to the KL"
+        self.bar.write(f"{message}: log-ratios are not exactly 0 before training either.")
+        if kl > (args.max_kl or math.inf):
+            raise UserError(
+                f"{message}, more than --max-kl {args.max_kl:g}: take --precision fp32, or fp16 "
+                "in place of bf16, or a larger --max-kl"
+            )
 
     def metrics(self) -> list[dict]:
         """Rows of metrics.jsonl."""
