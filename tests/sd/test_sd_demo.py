@@ -490,8 +490,8 @@ def test_steps_rates_passes_and_metrics_of_each_epoch(tiny, scorers, tmp_path, m
     assert [sorted(steps) for steps in orders] == [[0, 1]] * 9 and len({*map(tuple, orders)}) == 2
     expected = [0.005 * share for share in (1, 0.75, 0.25) for _ in range(3)]  # a cosine
     assert rates == pytest.approx(expected)
-    # T = 3 to sample a batch, 3 of the reference, one a loss; two evaluations, one with a KL
-    assert len(passes) == 3 * (2 * 3 + 3 * 3 + 3 * 2) + 3 * 3
+    # T = 3 to sample, 3 of each batch's reference, one a loss; two evaluations, one with a KL
+    assert len(passes) == 3 * (3 + 3 * 3 + 3 * 2) + 3 * 3
     rows = read_rows(out / "metrics.jsonl")
     for row, first, second in zip(rows, ratios[::2], ratios[1::2], strict=True):
         ratio = torch.cat([first[0], second[0]], 1)
