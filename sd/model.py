@@ -79,15 +79,19 @@ def make_accelerator(precision: str, device: str = "auto") -> Accelerator:
     for name in SHARDED:
         if os.environ.get(name, "").lower() in ("1", "true"):
             raise UserError(f"{name} is set, but a LoRA needs no sharding: launch with --multi_gpu")
-    accelerator = Accelerator(
-        cpu=device == "cpu",
-        mixed_precision="fp16" if precision == "fp16" else "no",
-        dynamo_backend="no",
-        kwargs_handlers=[
+    settings = {
+        "mixed_precision": "fp16" if precision == "fp16" else "no",
+        "dynamo_backend": "no",
+        "kwargs_handlers": [
             AutocastKwargs(enabled=False),  # the LoRA's layers cast for themselves
             InitProcessGroupKwargs(timeout=timedelta(days=30)),  # people take their time
         ],
-    )
+    }
+    try:
+        accelerator = Accelerator(cpu=device == "cpu", **settings)
+    except ValueError as error:
+        remedy = "on CPUs use torchrun and --device cpu, on GPUs accelerate launch"
+        raise UserError(f"The processes do not find each other ({error}): {remedy}") from error
     accelerator.gradient_accumulation_steps = 1
     for name in WORLD_SIZES:
         size = os.environ.get(name, "1")

@@ -71,13 +71,9 @@ class Compared:
         return result_of(IMAGES[2:4], first)
 
 
-@pytest.fixture(autouse=True)
-def no_report(monkeypatch):
-    monkeypatch.setattr(evaluation.report, "write", lambda *args: None)
-
-
 def test_what_came_out_is_kept_before_the_pipelines_own_settings_are_tried(tmp_path, monkeypatch):
     monkeypatch.setattr(evaluation.figures, "draw_pairs", lambda *args: None)
+    monkeypatch.setattr(evaluation.report, "write", lambda *args: None)
     args, keys = parse(EMOJI), {"epoch": 1, "code": ""}
     result = compare_with_initial(Compared(args), tmp_path, **keys)
     assert result["objective"] == "compressibility" and result["win_rate"] == 1
@@ -125,6 +121,7 @@ def blind(tmp_path, monkeypatch):
     def test(answers: list) -> tuple[dict, Page]:
         page = Page(tmp_path / "blind_e007", answers)
         monkeypatch.setattr(evaluation, "open_page", lambda *args, **more: page)
+        monkeypatch.setattr(evaluation.report, "write", lambda *args: None)
         tuned, initial = (result_of(IMAGES[k : k + len(answers)], 0) for k in (0, 3))
         args = parse(EMOJI, objective="human", annotators=max(map(len, answers)))
         keys = {"folder": tmp_path, "epoch": 7, "code": "import torch"}
@@ -141,7 +138,7 @@ def test_a_blind_test_counts_wins_and_halves_ties(blind, tmp_path):
     assert low < 0.75 < high
     text, code = page.farewell
     assert "75 %" in text and str(tmp_path / "lora") in text
-    assert code == "import torch"
+    assert code == "import torch" and files.read_json(tmp_path / "evaluation.json") == result
     for name, first in (("tuned", 0), ("initial", 3)):
         for n in range(3):
             kept = Image.open(tmp_path / f"blind_e007/images/{name}_{n:03}.png")

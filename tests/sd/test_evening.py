@@ -26,7 +26,6 @@ import sd_demo
 from sd import annotate
 from sd.files import read_lines, save_lines
 from sd.labels import majority, read_labels
-from sd.options import EMOJI
 
 FLAGS = "--objective human --prompts-per-epoch 24 --eval-images 8 --seed 0 --device cpu"
 QUESTIONS, KILLED_AFTER, TRAINED_AFTER, FINISHED_AFTER = 24, 9, 20, 5  # in epochs 1, 1 and 3
@@ -73,13 +72,12 @@ def test_an_evening(start, browser, tmp_path, monkeypatch):  # noqa: F811
     """Killed between labels, "Train now" in the first round, all answers, "Finish" in the third."""
     out, output = tmp_path / "run", tmp_path / "output.txt"
     page = Page(out, free_port())
-    settings = {**typed(FLAGS), "model": EMOJI}
+    settings = typed(FLAGS)
     process = start(**settings, out=out, port=page.port)
     until(lambda: is_serving(page))
     address, tunnel = (re.search(sign, output.read_text()) for sign in (r"http://\S+", r"ssh -L.*"))
     assert address[0] == page.url and f"{page.port}:127.0.0.1:{page.port}" in tunnel[0]
     with open_tab(browser, page.url) as tab:
-        tab.on("dialog", lambda dialog: dialog.accept())
         person = Person(tab, page)
         person.answer(0, KILLED_AFTER, epoch=1)
         kill(process)

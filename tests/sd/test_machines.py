@@ -11,8 +11,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import sd_demo
-from sd import metrics, options
+from sd import UserError, metrics, options
 from sd.files import ROOT
+from sd.model import make_accelerator
 
 FILES = sorted(f"{d}/{p.name}" for d in ("sd", "toy") for p in (ROOT / d).glob("*.py"))
 MODULES = ["d3po.py", "sd_demo.py", *FILES]
@@ -130,14 +131,19 @@ def test_a_run_goes_on_on_another_device(tiny, scorers, tmp_path, no_figures):
 
 @pytest.mark.parametrize("name", ["WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"])
 @pytest.mark.parametrize("size", ["2", "junk"])
-def test_processes_that_do_not_find_each_other_are_refused(
-    tiny, tmp_path, monkeypatch, capsys, name, size
-):
+def test_processes_that_do_not_find_each_other_are_refused(monkeypatch, name, size):
+    make_accelerator("fp32", "cpu")
     monkeypatch.setenv(name, size)
-    with pytest.raises(SystemExit) as stop:
-        run(tiny, tmp_path / "run", "compressibility")
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and f"{name} is {size}, but this is 1 process of 1: " in error
-    assert "torchrun and --device cpu" in error and not (tmp_path / "run").exists()
+    with pytest.raises(UserError, match=f"{name} is {size}, but this is 1 process of 1: "):
+        make_accelerator("fp32", "cpu")
     monkeypatch.setenv(name, "1")
-    sd_demo.main(["--objective", "compressibility", "--model", str(tiny), "--dry-run"])
+    make_accelerator("fp32", "cpu")
+
+
+def test_settings_of_accelerate_do_not_change_the_training(monkeypatch):
+    make_accelerator("fp32", "cpu")
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    assert make_accelerator("fp32", "cpu").gradient_accumulation_steps == 1
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(UserError, match="ACCELERATE_USE_FSDP is set"):
+        make_accelerator("fp32", "cpu")

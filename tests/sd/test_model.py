@@ -248,6 +248,36 @@ def test_before_training_the_policy_is_the_reference_exactly(tiny, precision):
     assert next(losses).item() == pytest.approx(math.log(2), abs=tolerance)
 
 
+def test_the_lora_passes_in_the_networks_precision_and_its_gradient_is_float32(tiny):
+    loaded = Loaded(tiny, "--precision bf16")
+    layer = next(part for part in loaded.model.network.modules() if isinstance(part, LoraLayer))
+    a, b = layer.lora_A["default"], layer.lora_B["default"]
+    b.weight.data.normal_(0, 0.2)
+    seen = []
+    b.register_forward_hook(lambda part, inputs, output: seen.append((inputs[0], output)))
+    x = torch.randn(3, a.in_features, dtype=torch.bfloat16)
+    out = layer(x)
+    ((hidden, added),) = seen
+    assert hidden.dtype == added.dtype == out.dtype == torch.bfloat16
+    expected = layer.base_layer(x).float() + x.float() @ a.weight.T @ b.weight.T
+    torch.testing.assert_close(out.float(), expected, atol=0.05, rtol=0.02)  # three digits
+    out.float().sum().backward()
+    assert a.weight.grad.dtype == b.weight.grad.dtype == torch.float32 and b.weight.grad.any()
+
+
+def test_the_reference_is_switched_once_around_a_trajectory(tiny, monkeypatch):
+    loaded, switches = Loaded(tiny), []
+    lora_off = model.lora_off
+    monkeypatch.setattr(model, "lora_off", lambda net: switches.append(net) or lora_off(net))
+    batch = loaded.sample()
+    assert not switches
+    loaded.reference_log_prob(batch)
+    loaded.sample(denoiser=loaded.model.reference)
+    assert len(switches) == 2  # of three steps each
+    loaded.model.reference(batch.trajectory.x[0], torch.tensor([1] * 4), batch.cond)
+    assert len(switches) == 3
+
+
 # Models that are refused
 
 

@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from sd_helpers import Loaded, make_pipeline, same_images
 from tiny_pipelines import make
 
-from sd import UserError
+from sd import UserError, pipeline
 from sd.pipeline import decode, encode, fuse_lora, load_pipeline, loading_options
 
 
@@ -174,6 +174,23 @@ def test_sdxl_in_fp16_upcasts_its_vae_as_the_stock_pipeline_does(tmp_path):
 def test_a_folder_with_fp16_files_only(tmp_path):
     make_pipeline().to(torch.float16).save_pretrained(tmp_path, variant="fp16")
     assert Loaded(tmp_path).sample((0,), 1).trajectory.x.isfinite().all()
+
+
+@pytest.mark.parametrize("has_variant", [True, False])
+def test_half_the_download_of_a_hub_id_in_fp16_where_it_exists(has_variant, monkeypatch):
+    calls = []
+
+    def from_pretrained(name, variant=None, **options):
+        calls.append(variant)
+        if variant and not has_variant:
+            raise ValueError("no such modeling files are available")
+        return variant or "all"
+
+    monkeypatch.setattr(pipeline, "read_config", lambda name: {"_class_name": "FluxPipeline"})
+    monkeypatch.setattr(pipeline.FluxPipeline, "from_pretrained", from_pretrained)
+    assert load_pipeline("owner/name", "fp16") == ("fp16" if has_variant else "all")
+    assert calls == (["fp16"] if has_variant else ["fp16", None])
+    assert load_pipeline("owner/name", "bf16") == "all"
 
 
 def test_weights_with_a_lora_inside_are_refused(tmp_path, tiny):
