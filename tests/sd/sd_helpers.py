@@ -44,6 +44,12 @@ def make_pipeline(**unet) -> StableDiffusionPipeline:
     return models.pipeline(models.vae(tiny=True), models.text_encoder(words, tiny=True), net)
 
 
+def noises(*numbers, groups: int, K: int) -> list[torch.Generator]:
+    """Of image k of group n: its numbers are n, and k where a group has several."""
+    places = [(n, k) if K > 1 else (n,) for n in range(groups) for k in range(K)]
+    return [seeded_generator(*numbers, *place) for place in places]
+
+
 def typed(flags: str) -> dict:
     """Flags as `sd_demo.run` takes them."""
     return vars(options.build_parser().parse_args(shlex.split(flags)))
@@ -63,13 +69,13 @@ class Loaded:
         self.run = make_run(setup, Path(folder))
         self.args, self.model, self.optimizer = setup.args, setup.model, self.run.optimizer
 
-    def sample(self, prompts=(0, 1), K=2, *numbers, denoiser=None) -> model.Batch:
+    def sample(self, prompts=(0, 1), K=2, *purpose, denoiser=None) -> model.Batch:
         return model.sample(
             self.model,
             denoiser or self.model.sampler,
             torch.as_tensor(prompts),
             images_per_prompt=K,
-            generator=seeded_generator(self.args.seed, *numbers),
+            generators=noises(self.args.seed, *purpose, groups=len(prompts), K=K),
         )
 
     def update(self, batch, pairs, steps=None, scores=None) -> tuple[list, list]:

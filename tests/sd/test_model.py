@@ -7,7 +7,7 @@ import torch
 from accelerate import Accelerator
 from diffusers import DDIMScheduler, PNDMScheduler, StableDiffusionPipeline
 from peft.tuners.lora import LoraLayer
-from sd_helpers import PROMPTS, Loaded, make_pipeline, same_images
+from sd_helpers import PROMPTS, Loaded, make_pipeline, noises, same_images
 
 import d3po
 from sd import UserError, model, options
@@ -110,14 +110,15 @@ def as_ddim(pipe: StableDiffusionPipeline, **changes) -> StableDiffusionPipeline
     return pipe
 
 
-def stock_images(pipe, args, prompts: list[str], *, K: int, noise: torch.Generator) -> list:
+def stock_images(pipe, args, prompts: list[str], *numbers, K: int) -> list:
     """Of the pipeline itself: diffusers draws the noise of the steps as d3po.rollout does."""
     side = pipe.unet.config.sample_size
-    x_T = torch.randn(len(prompts), 4, side, side, generator=noise).repeat_interleave(K, 0)
+    generators = noises(*numbers, groups=len(prompts), K=K)
+    x_T = torch.stack([torch.randn(4, side, side, generator=g) for g in generators[::K]])
     return pipe(
         [prompt for prompt in prompts for _ in range(K)],
-        latents=x_T,
-        generator=noise,
+        latents=x_T.repeat_interleave(K, 0),
+        generator=generators,
         eta=args.eta,
         num_inference_steps=args.num_steps,
         guidance_scale=args.guidance_scale,
@@ -148,7 +149,7 @@ def test_images_are_those_of_the_stock_pipeline(tmp_path, variant, capsys):
     assert batch.prompts == [prompts[0]] * 2 + [prompts[1]] * 2
     assert batch.groups == [range(0, 2), range(2, 4)]
     pipe = as_ddim(StableDiffusionPipeline.from_pretrained(tmp_path))
-    images = stock_images(pipe, loaded.args, prompts, K=2, noise=seeded_generator(0, 1, 2))
+    images = stock_images(pipe, loaded.args, prompts, 0, 1, 2, K=2)
     assert images[0].size == ((32, 32) if variant == "8x8" else (64, 64))
     assert same_images(batch.images, images)
     assert not same_images(images[:1], images[1:2], 3)  # one x_T, but other noise on the way
@@ -167,19 +168,18 @@ def held_out(loaded, purpose=RandomPurpose.HELD_OUT) -> tuple[list, list, float 
 
 
 def test_held_out_images_have_the_prompts_in_turn_and_fixed_noises(tiny):
-    loaded = Loaded(tiny, "--eval-images 7 --seed 3")
+    loaded = Loaded(tiny, "--eval-images 7 --seed 3", max_kl=None)
     images, prompts, kl = held_out(loaded)
     assert kl is None  # without --max-kl nobody needs it
     assert prompts == [*PROMPTS, *PROMPTS[:2]] and len(images) == 7
     other, *_ = held_out(loaded, RandomPurpose.EVALUATION)
     assert not same_images(images[:1], other[:1], 3)
-    generator = [seeded_generator(3, RandomPurpose.HELD_OUT, 4)]
     alone = model.sample(
         loaded.model,
         loaded.model.sampler,
         torch.tensor([4]),
         images_per_prompt=1,
-        generator=generator,
+        generators=[seeded_generator(3, RandomPurpose.HELD_OUT, 4)],
     )
     assert same_images(alone.images, images[4:5])
 

@@ -347,7 +347,7 @@ def test_images_are_those_of_the_seed_and_of_the_lora_in_a_fresh_pipeline(done, 
     for seed in (0, 1):  # where the LoRA must come from the file
         loaded = Loaded(tiny, f"{GROUPS_OF_3} --seed {seed}")
         initial = figures.held_out_images(out, 0)
-        own = [loaded.sample((n,), 1, RandomPurpose.HELD_OUT, n).images[0] for n in (0, 1)]
+        own = loaded.sample((0, 1), 1, RandomPurpose.HELD_OUT).images
         loaded.run.replay.folder = tmp_path
         batch = loaded.run.sample(1 + seed)[1]
         stored = [Image.open(out / file) for file in batch.files]
@@ -360,7 +360,7 @@ def test_images_are_those_of_the_seed_and_of_the_lora_in_a_fresh_pipeline(done, 
     pipe, prompts = as_ddim(StableDiffusionPipeline.from_pretrained(tiny)), [PROMPTS[1], PROMPTS[3]]
 
     def images():
-        return stock_images(pipe, loaded.args, prompts, K=2, noise=seeded_generator(1, 1))
+        return stock_images(pipe, loaded.args, prompts, 1, 1, K=2)
 
     assert same_images(initial.images, images())
     pipe.load_lora_weights(out / "lora")
@@ -490,8 +490,8 @@ def test_steps_rates_passes_and_metrics_of_each_epoch(tiny, scorers, tmp_path, m
     assert [sorted(steps) for steps in orders] == [[0, 1]] * 9 and len({*map(tuple, orders)}) == 2
     expected = [0.005 * share for share in (1, 0.75, 0.25) for _ in range(3)]  # a cosine
     assert rates == pytest.approx(expected)
-    # T = 3 to sample a batch, 3 of the reference, one a loss; two evaluations, one with a KL
-    assert len(passes) == 3 * (2 * 3 + 3 * 3 + 3 * 2) + 3 * 3
+    # T = 3 to sample, 3 of each batch's reference, one a loss; two evaluations, one with a KL
+    assert len(passes) == 3 * (3 + 3 * 3 + 3 * 2) + 3 * 3
     rows = read_rows(out / "metrics.jsonl")
     for row, first, second in zip(rows, ratios[::2], ratios[1::2], strict=True):
         ratio = torch.cat([first[0], second[0]], 1)
@@ -579,7 +579,7 @@ def test_evaluation_compares_with_the_initial_model_on_new_noises(done, tiny, tm
     assert initial["score"] != pytest.approx(held_out, rel=1e-6)
     # The initial model's part by hand, each image from noise of its own
     loaded = Loaded(tiny)
-    images = [loaded.sample((n,), 1, RandomPurpose.EVALUATION, n).images[0] for n in range(5)]
+    images = loaded.sample(tuple(range(5)), 1, RandomPurpose.EVALUATION).images
     score = np.mean([np.asarray(image).mean() for image in images])
     assert initial["score"] == pytest.approx(score, abs=0.1)
 
@@ -801,10 +801,11 @@ def check_two_processes(tiny, out):
     loaded = Loaded(tiny, flags)
     before = [weight.clone() for weight in loaded.model.lora]
     numbers = torch.randint(5, (4,), generator=seeded_generator(0, RandomPurpose.PROMPTS, 1))
-    groups = [loaded.sample(numbers[n : n + 1], 2, RandomPurpose.TRAINING, 1, n) for n in range(4)]
+    batches = loaded.sample(numbers, 2, RandomPurpose.TRAINING, 1).split(2)
     losses = []
-    for n in (0, 1):  # updates: process 0 has the groups 0 and 2, process 1 has 1 and 3
-        batch = join(groups[2 * n : 2 * n + 2])
+    for n, batch in enumerate(
+        batches
+    ):  # updates: process 0 has the groups 0 and 2, process 1 has 1 and 3
         answers = [
             h[f"images/e001_p{group:02}_k0.png", f"images/e001_p{group:02}_k1.png"]
             for group in (2 * n, 2 * n + 1)
@@ -821,10 +822,3 @@ def check_two_processes(tiny, out):
     # AdamW turns gradients into signs: an element whose gradient is rounding moves either way
     assert apart.norm() < 0.02 * moved.norm()
     assert row["loss"] == pytest.approx(np.mean(losses), rel=1e-4)
-
-
-def join(batches: list[Batch]) -> Batch:
-    states = zip(*(batch.trajectory for batch in batches), strict=True)
-    trajectory = d3po.Trajectory(*(torch.cat(both, 1) for both in states))
-    cond = torch.cat([batch.cond for batch in batches])
-    return Batch(trajectory, cond, [], [], images_per_prompt=2)
