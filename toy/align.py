@@ -98,6 +98,7 @@ def align(
     replay_pairs: int | None = None,
     bridged: bool = False,
     average: bool = False,
+    chains_per_x_T: int = 2,
 ) -> Iterator[Epoch]:
     """Train a policy from labelled pairs of its own chains; yield after each epoch.
 
@@ -117,6 +118,9 @@ def align(
         n enters with weight 10 / (n + 9) (Shamir & Zhang 2013), so it is about the last tenth of
         them. The step size that learns fastest leaves noise in the weights, and the KL grows with
         its square. Sampling and training go on from the weights themselves.
+
+    chains_per_x_T: chains that start from one noise: 2 is a pair, 1 gives each chain its own; it
+        divides 2 * pairs.
 
     Raises ValueError for bridged batches with reference="previous", and FloatingPointError at the
     first score, loss or weight that is not finite.
@@ -138,7 +142,8 @@ def align(
     for epoch in range(1, epochs + 1):  # line 2
         # Sample pairs of chains, and label them
         _set_weights(weights, trained)
-        x_T = torch.randn(pairs, 2).repeat_interleave(2, 0)  # lines 4-5
+        x_T = torch.randn(2 * pairs // chains_per_x_T, 2)  # lines 4-5
+        x_T = x_T.repeat_interleave(chains_per_x_T, 0)
         trajectory = d3po.rollout(policy, schedule, x_T)  # lines 6-11
         scores = score(trajectory.x[-1]).view(pairs, 2)
         _check_finite(scores, f"epoch {epoch}: a sample's score")

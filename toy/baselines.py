@@ -1,4 +1,4 @@
-"""The methods that the paper compares with, and Diffusion-DPO: iterators of losses like d3po.py's.
+"""The methods that the paper compares with, and later ones: iterators of losses like d3po.py's.
 
 Every method gets the same trajectories of B chains, of any shape *D, and what it may know about
 them: the scores (B,) of the final points, or the pairs (P, 2) of winners and losers. A loss is the
@@ -157,6 +157,82 @@ def diffusion_dpo_losses(
         yield -F.logsigmoid(-beta * (winner - loser)).mean()
 
 
+def grpo_losses(
+    policy: Denoiser,
+    schedule: Schedule,
+    trajectory: Trajectory,
+    *,
+    scores: Tensor,
+    clip: float,
+    kl_weight: float = 0.0,
+    reference: Denoiser | None = None,
+    cond: Any = None,
+    steps: list[int] | None = None,
+) -> Iterator[Tensor]:
+    """GRPO: DDPO's clipped loss, advantages normalised inside each group of K chains.
+
+        L_i = mean(- min(rho A, clamp(rho, 1 - clip, 1 + clip) A) + kl_weight KL_i)
+        A = (r - mean r of the group) / sd r of the group,    KL_i of `step_kl`
+
+    scores (N, K): chain k of group n, one prompt's, is number n K + k. With K = 2, A says only who
+    won. DanceGRPO has no KL. reference: for the KL; None without one. Equal scores: A = 0.
+    Sources: Flow-GRPO, arXiv 2505.05470; DanceGRPO, arXiv 2505.07818.
+    """
+    deviation = scores - scores.mean(1, keepdim=True)
+    advantage = (deviation / scores.std(1, keepdim=True).clamp(min=1e-8)).flatten()
+    for i in _order(schedule, steps):
+        rho = _ratio(policy, schedule, trajectory, i=i, cond=cond)
+        clipped = rho.clamp(1 - clip, 1 + clip)
+        loss = -torch.minimum(rho * advantage, clipped * advantage)
+        if kl_weight:
+            x = trajectory.x[i]
+            loss = loss + kl_weight * step_kl(policy, reference, schedule, i=i, x=x, cond=cond)
+        yield loss.mean()
+
+
+def nft_losses(
+    policy: Denoiser,
+    schedule: Schedule,
+    trajectory: Trajectory,
+    *,
+    old: Denoiser,
+    scores: Tensor,
+    beta: float,
+    kl_weight: float = 0.0,
+    reference: Denoiser | None = None,
+    cond: Any = None,
+    steps: list[int] | None = None,
+    generator: Generator | None = None,
+) -> Iterator[Tensor]:
+    """DiffusionNFT: denoising of final samples, by a positive and by a negative policy.
+
+        L_i = mean(p |eps - eps_+|^2 + (1 - p) |eps - eps_-|^2 + kl_weight KL_i)
+        eps_+ = (1 - beta) eps_old + beta eps_theta,    eps_- = (1 + beta) eps_old - beta eps_theta
+        p = 1/2 + clamp((r - mean r of the group) / sd r, -1, 1) / 2
+
+    Both policies are made from the one network in training and from `old`, which sampled: good
+    samples pull eps_theta towards their noise, bad ones push it away from theirs. scores (N, K): as
+    in `grpo_losses`; sd r is that of all. reference: for KL_i, of `step_kl` in the noised state.
+    A smaller beta makes a longer step. Its authors predict a velocity, and their code divides the
+    squares by the size of the error in x_0. Source: Zheng et al., arXiv 2509.16117.
+    """
+    deviation = scores - scores.mean(1, keepdim=True)
+    optimality = (0.5 + (deviation / scores.std().clamp(min=1e-8)).clamp(-1, 1) / 2).flatten()
+    x_0 = trajectory.x[-1]
+    for i in _order(schedule, steps):
+        eps = _noise(x_0, generator)
+        x, time = _noised(schedule, i, x_0=x_0, eps=eps)
+        with torch.no_grad():
+            eps_old = old(x, time, cond)
+        change = beta * (policy(x, time, cond) - eps_old)
+        positive = (eps - eps_old - change).square().flatten(1).sum(1)
+        negative = (eps - eps_old + change).square().flatten(1).sum(1)
+        loss = optimality * positive + (1 - optimality) * negative
+        if kl_weight:
+            loss = loss + kl_weight * step_kl(policy, reference, schedule, i=i, x=x, cond=cond)
+        yield loss.mean()
+
+
 def _ratio(policy, schedule, trajectory, i, cond=None) -> Tensor:
     """pi(a_i | s_i) / pi_sampling(a_i | s_i): (B,)."""
     mean = d3po.policy_mean(policy, schedule, i, trajectory.x[i], cond)
@@ -166,10 +242,15 @@ def _ratio(policy, schedule, trajectory, i, cond=None) -> Tensor:
 
 def _denoising_error(denoiser, schedule, i, x_0, eps, cond) -> Tensor:
     """|eps - eps_theta|^2 (B,) at the noise level of step i, for x_0 (B, *D) noised with eps."""
+    x, time = _noised(schedule, i, x_0=x_0, eps=eps)
+    return (eps - denoiser(x, time, cond)).square().flatten(1).sum(1)
+
+
+def _noised(schedule, i, x_0, eps) -> tuple[Tensor, Tensor]:
+    """x_0 (B, *D) at the noise level of step i, and the model time (B,) of that level."""
     ab = schedule.alpha_bar[i]
     x = ab.sqrt() * x_0 + (1 - ab).sqrt() * eps
-    time = schedule.timesteps[i].to(x.device).expand(len(x))
-    return (eps - denoiser(x, time, cond)).square().flatten(1).sum(1)
+    return x, schedule.timesteps[i].to(x.device).expand(len(x))
 
 
 def _noise(x: Tensor, generator: Generator | None) -> Tensor:

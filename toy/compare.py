@@ -1,15 +1,17 @@
-"""Compare every method of the paper with the exact optimum, on the same worlds, budgets and loop.
+"""Compare the paper's methods and later ones with the exact optimum, in one loop, at equal budgets.
 
-    python -m toy.compare            # the committed numbers: 15 to 25 minutes on two cores; resumes
+    python -m toy.compare            # the committed numbers: an hour on two free cores; resumes
     python -m toy.compare --quick    # the same path with tiny budgets
     python -m toy.compare --methods "Eq. 12"    # this row anew; the others stay as they stand
 
 Each method's step size and hyperparameter are chosen by one declared sweep on one seed; then it
-runs on five other seeds. All see equal numbers of labelled chains. --out gets compare.json,
-the table of the page compare.md between its two marks, and three figures.
+runs on five other seeds. All see equal numbers of labelled chains. Variants of a method, with other
+x_T or on another model, take its settings. --out gets compare.json, the two tables of the page
+compare.md between its marks, and three figures.
 """
 
 import argparse
+import copy
 import hashlib
 import json
 import math
@@ -23,15 +25,15 @@ from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 import d3po
-from toy import baselines, optimum, plots
+from toy import baselines, flow, optimum, plots
 from toy.align import PreferenceBatch, UpdateEvery, align, pair_loss
 from toy.ddpm import MLP, Adapter, data_variance, pretrain
 from toy.measure import measure, sample
-from toy.reward_model import RewardModelDPOK
+from toy.reward_model import RewardModelChain, RewardModelDPOK
 from toy.worlds import ALPHA_BARS, MIXTURES, SCORES
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -39,7 +41,9 @@ MARK = "<!-- python -m toy.compare writes what is between these two lines -->\n"
 SWEEP_SEED, SEEDS = 100, (0, 1, 2, 3, 4)
 STEP_SIZES = {"timestep": (3e-4, 1e-3, 3e-3), "trajectory": (1e-3, 3e-3, 1e-2)}
 BETAS = (0.1, 0.2, 0.3, 0.6)
-CLIP = 0.1  # the released code's
+CLIP = 0.1  # the released code's, and GRPO's here
+GROUP = 8  # chains of a group of GRPO and DiffusionNFT
+KL_WEIGHTS = (0.0, 0.3, 1.0, 3.0)  # theirs, per standard deviation of the score
 
 
 class Method(NamedTuple):
@@ -54,6 +58,9 @@ class Method(NamedTuple):
     replay: int = 0  # batches of stored pairs that an epoch adds
     bridged: bool = False  # these on trajectories drawn anew
     labels_only: bool = True  # sees preferences, not scores
+    chains_per_x_T: int = 2
+    settings_of: str | None = None  # of a variant: the method whose sweep it uses
+    world: dict = {}  # what a variant changes in the settings: "model" (ddpm or flow), "eta"
 
 
 def preference_method(function, *, update_every="timestep", **options) -> Method:
@@ -98,22 +105,68 @@ def reward_weighted(policy, schedule, batch: PreferenceBatch, *, reference, valu
     )
 
 
+def grpo(policy, schedule, batch: PreferenceBatch, *, reference, value):
+    return baselines.grpo_losses(
+        policy,
+        schedule,
+        batch.trajectory,
+        scores=batch.scores.view(-1, GROUP),
+        clip=CLIP,
+        kl_weight=value,
+        reference=reference,
+    )
+
+
+def nft(policy, schedule, batch: PreferenceBatch, *, reference, value):
+    return baselines.nft_losses(
+        policy,
+        schedule,
+        batch.trajectory,
+        old=copy.deepcopy(policy),  # which sampled: its weights change at every loss
+        scores=batch.scores.view(-1, GROUP),
+        beta=1.0,
+        kl_weight=value,
+        reference=reference,
+    )
+
+
+def group_method(losses) -> Method:
+    """A loss that compares the scores of a group of chains from one x_T."""
+    return Method(
+        losses,
+        "timestep",
+        "KL weight",
+        values=KL_WEIGHTS,
+        labels_only=False,
+        chains_per_x_T=GROUP,
+    )
+
+
+def variant(name: str, **changes) -> Method:
+    """A method with changes, at the settings that its own sweep found."""
+    return METHODS[name]._replace(settings_of=name, **changes)
+
+
 whole_chain = partial(preference_method, d3po.chain_dpo_losses, update_every="trajectory")
 eq14 = partial(preference_method, d3po.d3po_losses)
 eq14_clamped = partial(preference_method, partial(d3po.d3po_losses, clip=CLIP))
 eq12 = partial(preference_method, partial(d3po.d3po_losses, steps=[0]))
+BRIDGED, CHAIN, EQ14 = "whole chain, bridged pairs", "whole chain (Eq. 5)", "Eq. 14 (D3PO)"
 METHODS = {
-    "whole chain, bridged pairs": whole_chain(replay=7, bridged=True),
+    BRIDGED: whole_chain(replay=7, bridged=True),
     "whole chain, stored pairs": whole_chain(replay=3),
-    "whole chain (Eq. 5)": whole_chain(),
+    CHAIN: whole_chain(),
     "whole chain, reference previous": whole_chain(reference="previous"),
-    "Eq. 14 (D3PO)": eq14(),
+    EQ14: eq14(),
     "Eq. 14, reference previous": eq14(reference="previous"),
     "Eq. 14, released clamp": eq14_clamped(),
     "Eq. 12": eq12(),
     "Eq. 12, reference previous": eq12(reference="previous"),
     "reward model, then DPOK": Method(
         RewardModelDPOK, "trajectory", "beta", values=BETAS, replay=7
+    ),
+    "reward model, then whole chain": Method(
+        RewardModelChain, "trajectory", "beta", values=BETAS, replay=7
     ),
     "Diffusion-DPO": Method(diffusion_dpo, "timestep", "beta", values=(1.0, 10.0, 100.0, 1000.0)),
     "preferred samples (SFT)": Method(
@@ -128,6 +181,18 @@ METHODS = {
         values=(0.3, 1.0, 3.0, 10.0),
         labels_only=False,
     ),
+    "GRPO": group_method(grpo),
+    "DiffusionNFT": group_method(nft),
+}
+OWN_X_T = {"chains_per_x_T": 1}
+METHODS |= {
+    **{f"{name}, own x_T": variant(name, **OWN_X_T) for name in (CHAIN, EQ14, "GRPO")},
+    f"{CHAIN}, eta 0.2": variant(CHAIN, world={"eta": 0.2}),
+    f"{CHAIN}, eta 0.2, own x_T": variant(CHAIN, world={"eta": 0.2}, **OWN_X_T),
+    **{
+        f"{name}, flow": variant(name, world={"model": "flow"})
+        for name in (BRIDGED, "GRPO", "DiffusionNFT")
+    },
 }
 
 
@@ -157,6 +222,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help=f"these rows alone; the others stay as they stand: {'; '.join(METHODS)}",
     )
     args = parse_budget(parser, argv)
+    if args.pairs % (GROUP // 2):
+        parser.error(
+            f"--pairs {args.pairs}: give a multiple of {GROUP // 2}, for groups of {GROUP}"
+        )
     if args.epochs < 1:
         parser.error(f"--epochs {args.epochs}: give 1 or more")
     if not 0 < args.beta < math.inf:
@@ -232,10 +301,11 @@ def main(argv: list[str] | None = None) -> None:
         "pretrain_steps": args.pretrain_steps,
         "average": True,
     }
-    names, earlier = args.methods or list(METHODS), {}
+    names, stored = args.methods or list(METHODS), {"methods": {}}
     if args.methods and (args.out / "compare.json").exists():
-        stored = json.loads((args.out / "compare.json").read_text())
-        earlier = stored["methods"] if stored["settings"] == settings else {}
+        before = json.loads((args.out / "compare.json").read_text())
+        stored = before if before["settings"] == settings else stored
+    earlier = stored["methods"]
     print(
         f"{len(names)} methods on the {args.mixture}, preference {args.preference}, "
         f"beta {args.beta:g}: {args.epochs * args.pairs:,} labels each.\n"
@@ -244,31 +314,35 @@ def main(argv: list[str] | None = None) -> None:
 
     # References, sweep, and the chosen settings on the other seeds
     seeds = SEEDS[:1] if args.quick else SEEDS
-    run_all(prepare, [(seed, settings) for seed in (SWEEP_SEED, *seeds)], args, title="references")
-    grid = sweep_jobs(settings, names, quick=args.quick)
+    worlds = [{}]
+    worlds += [METHODS[name].world for name in names if METHODS[name].world not in worlds]
+    references = [(SWEEP_SEED, settings)]
+    references += [(seed, settings | world) for world in worlds for seed in seeds]
+    run_all(prepare, references, args, title="references")
+    bases = dict.fromkeys(METHODS[name].settings_of or name for name in names)
+    grid = sweep_jobs(settings, [b for b in bases if b in names or b not in earlier], args.quick)
     sweep = with_results(grid, run_all(train, grid, args, title="sweep"))
     finals = []
     for name in names:
-        best = max((row for row in sweep if row["method"] == name), key=final_share)
-        job = Job(name, best["lr"], best["hyperparameter"], seed=0, settings=settings)
-        finals += [job._replace(seed=seed) for seed in seeds]
+        lr, value = best_settings(METHODS[name].settings_of or name, sweep, earlier)
+        world = settings | METHODS[name].world
+        finals += [Job(name, lr, value, seed=seed, settings=world) for seed in seeds]
     rows = with_results(finals, run_all(train, finals, args, title="seeds"))
 
-    # What is possible
-    reference, _ = load(seeds[0], settings, args.work)
-    schedule, score = d3po.make_schedule(ALPHA_BARS, args.num_steps), SCORES[args.preference]
-    betas = {args.beta, 2.0} if args.quick else {args.beta, 0.1, 0.2, 0.3, 0.5, 1.0, 2.0, 5.0}
-    exact = {
-        beta: optimum.solve(reference, schedule, score, beta=beta)
-        for beta in tqdm(sorted(betas), "frontier")
-    }
-
+    frontier, points = stored.get("frontier"), None
+    if frontier is None:
+        frontier, points = what_is_possible(settings, args)
+        points = {
+            name: next(r["points"] for r in rows if r["method"] == name)
+            for name in names
+            if METHODS[name].settings_of is None
+        } | points
     result = {
         "command": "python -m toy.compare" + (" --quick" if args.quick else ""),
         "settings": settings,
         "sweep_seed": SWEEP_SEED,
         "seeds": seeds,
-        "frontier": [{"beta": beta, **best.numbers()} for beta, best in exact.items()],
+        "frontier": frontier,
         "methods": {},
     }
     for name, method in METHODS.items():
@@ -278,9 +352,25 @@ def main(argv: list[str] | None = None) -> None:
         elif name in earlier:
             result["methods"][name] = earlier[name]
     (args.out / "compare.json").write_text(json.dumps(rounded(result), indent=2) + "\n")
-    write_tables(args.out / "compare.md", MARK, [table(result)])
-    print(table(result))
+    write_tables(args.out / "compare.md", MARK, tables(result))
+    print(*tables(result), sep="\n")
 
+    shown = {
+        name: row for name, row in result["methods"].items() if METHODS[name].settings_of is None
+    }
+    for path in plots.draw_comparison(result | {"methods": shown}, points, args.out):
+        print(path)
+
+
+def what_is_possible(settings: dict, args: argparse.Namespace) -> tuple[list[dict], dict]:
+    """The exact frontier of the first seed's reference, and points of the optimum at J's beta."""
+    reference, _ = load(SEEDS[0], settings, args.work)
+    schedule, score = make_schedule(settings), SCORES[args.preference]
+    betas = {args.beta, 2.0} if args.quick else {args.beta, 0.1, 0.2, 0.3, 0.5, 1.0, 2.0, 5.0}
+    exact = {
+        beta: optimum.solve(reference, schedule, score, beta=beta)
+        for beta in tqdm(sorted(betas), "frontier")
+    }
     generator = torch.Generator().manual_seed(0)
     x = optimum.sample_optimum(
         reference,
@@ -291,13 +381,21 @@ def main(argv: list[str] | None = None) -> None:
         x_T=torch.randn(500, 2, generator=generator),
         generator=generator,
     )
-    points = {name: next(r["points"] for r in rows if r["method"] == name) for name in names}
-    points["exact optimum"] = x[-1].tolist()
-    for path in plots.draw_comparison(result, None if earlier else points, args.out):
-        print(path)
+    frontier = [{"beta": beta, **best.numbers()} for beta, best in exact.items()]
+    return frontier, {"exact optimum": x[-1].tolist()}
 
 
-def sweep_jobs(settings: dict, names: list[str], *, quick: bool) -> list[Job]:
+def best_settings(name: str, sweep: list[dict], earlier: dict) -> tuple[float, float]:
+    """Step size and hyperparameter of a method, from the sweep or from stored results."""
+    rows = [row for row in sweep if row["method"] == name]
+    if rows:
+        best = max(rows, key=final_share)
+        return best["lr"], best["hyperparameter"]
+    (value,) = earlier[name]["hyperparameter"].values()
+    return earlier[name]["lr"], value
+
+
+def sweep_jobs(settings: dict, names: list[str], quick: bool) -> list[Job]:
     """Every step size with every hyperparameter of every method; with quick the second of each."""
     chosen = slice(1, 2) if quick else slice(None)
     return [
@@ -322,18 +420,31 @@ def prepare(seed_and_settings: tuple[int, dict], work: Path) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(seed)
     mixture, score = MIXTURES[settings["mixture"]], SCORES[settings["preference"]]
-    reference = pretrain(mixture, settings["pretrain_steps"], progress=False)
-    schedule = d3po.make_schedule(ALPHA_BARS, settings["num_steps"])
-    exact = optimum.solve(reference, schedule, score, beta=settings["beta"])
+    learn = flow.pretrain if is_flow(settings) else pretrain
+    reference = learn(mixture, settings["pretrain_steps"], progress=False)
+    exact = optimum.solve(reference, make_schedule(settings), score, beta=settings["beta"])
     torch.save({"weights": reference.state_dict(), "optimum": exact.numbers()}, path)
 
 
-def load(seed: int, settings: dict, work: Path) -> tuple[MLP, dict]:
+def load(seed: int, settings: dict, work: Path) -> tuple[nn.Module, dict]:
     """A seed's reference and the numbers of its optimum."""
     stored = torch.load(cache_path(work, "reference", (seed, settings)))
-    reference = MLP(data_variance(MIXTURES[settings["mixture"]]))
+    variance = data_variance(MIXTURES[settings["mixture"]])
+    reference = flow.FlowDenoiser(flow.Velocity(variance)) if is_flow(settings) else MLP(variance)
     reference.load_state_dict(stored["weights"])
     return reference.requires_grad_(False), stored["optimum"]
+
+
+def is_flow(settings: dict) -> bool:
+    return settings.get("model") == "flow"
+
+
+def make_schedule(settings: dict) -> d3po.Schedule:
+    """The sampler of a world: DDPM's steps (eta 1) unless its settings say otherwise."""
+    eta = settings.get("eta", 1.0)
+    if is_flow(settings):
+        return flow.make_schedule(settings["num_steps"], eta)
+    return d3po.make_schedule(ALPHA_BARS, settings["num_steps"], eta)
 
 
 def cache_path(work: Path, kind: str, key: tuple) -> Path:
@@ -352,10 +463,11 @@ def train(job: Job, work: Path) -> dict:
     torch.set_num_threads(1)
     settings, method = job.settings, METHODS[job.method]
     mixture, score = MIXTURES[settings["mixture"]], SCORES[settings["preference"]]
-    schedule = d3po.make_schedule(ALPHA_BARS, settings["num_steps"])
+    schedule = make_schedule(settings)
     reference, exact = load(job.seed, settings, work)
     torch.manual_seed(job.seed)
-    policy = Adapter(reference, schedule, mixture)
+    alpha_bars = flow.ALPHA_BARS if is_flow(settings) else ALPHA_BARS
+    policy = Adapter(reference, schedule, mixture, alpha_bars)
     reference = policy.reference
 
     @cache
@@ -392,6 +504,7 @@ def train(job: Job, work: Path) -> dict:
         replay=method.replay,
         bridged=method.bridged,
         average=settings["average"],
+        chains_per_x_T=method.chains_per_x_T,
     )
     in_sweep = job.seed == SWEEP_SEED
     result = {"curve": [], "points": []}
@@ -460,11 +573,20 @@ def mean_and_std(rows: list[dict]) -> dict:
     }
 
 
-def table(result: dict) -> str:
-    """The comparison as a table in Markdown, best first."""
+def tables(result: dict) -> list[str]:
+    """Methods, then variants, as tables in Markdown, best first; unmeasured ones last."""
+    variants = [name for name, method in METHODS.items() if method.settings_of]
+    return [table(result, [n for n in METHODS if n not in variants]), table(result, variants)]
+
+
+def table(result: dict, names: list[str]) -> str:
     never = f"not within {result['settings']['epochs'] * result['settings']['pairs']:,}"
-    rows = []
-    for name, method in result["methods"].items():
+    rows, missing = [], []
+    for name in names:
+        if name not in result["methods"]:
+            missing.append(f"| {name} | not measured yet |\n")
+            continue
+        method = result["methods"][name]
         final, needed = method["final"], method["labels_to_0.9"]
         if not final:
             continue
@@ -483,11 +605,11 @@ def table(result: dict) -> str:
         }
         rows.append((share["mean"], row))
     if not rows:
-        return "Every run of every method broke off.\n"
+        return "Not measured yet, or every run broke off.\n"
     best_first = [row for _, row in sorted(rows, key=lambda pair: -pair[0])]
     header = list(best_first[0])
     lines = [header, ["---"] * len(header), *(row.values() for row in best_first)]
-    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines) + "".join(missing)
 
 
 def write_tables(page: Path, mark: str, tables: list[str]) -> None:

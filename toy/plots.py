@@ -119,7 +119,7 @@ def draw_comparison(result: dict, points: dict[str, list] | None, out: Path) -> 
 
     points: of every method; without them their figure stays as it is.
     """
-    shapes = zip(("o-", "s--", "^:"), ("-", "--", ":"), strict=True)
+    shapes = zip(("o-", "s--", "^:", "D-."), ("-", "--", ":", "-."), strict=True)
     lines = [(*shape, colour) for shape in shapes for colour in colormaps["tab10"].colors[:5]]
     styles = dict(zip(result["methods"], lines, strict=False))
     figures = {

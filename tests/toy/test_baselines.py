@@ -110,6 +110,12 @@ def test_every_baseline_trains_the_adapter_and_never_the_reference(sampled):
         lambda p: baselines.diffusion_dpo_losses(
             p, SCHEDULE, trajectory, reference=REFERENCE, pairs=pairs, beta=1.0
         ),
+        lambda p: baselines.grpo_losses(
+            p, SCHEDULE, trajectory, scores=scores.view(-1, 8), clip=0.1
+        ),
+        lambda p: baselines.nft_losses(
+            p, SCHEDULE, trajectory, old=REFERENCE, scores=scores.view(-1, 8), beta=1.0
+        ),
     ):
         policy = a_policy()
         before = copy.deepcopy(policy.state_dict())
@@ -164,6 +170,11 @@ def expected_losses(method, i, x, eps):
         noised = ab.sqrt() * x[-1, k] + (1 - ab).sqrt() * noise
         return ((noise - denoiser(noised[None], None, COND[k : k + 1])[0]) ** 2).sum()
 
+    def group_deviation(k):
+        first = k // 3 * 3
+        group = SCORES[first : first + 3]
+        return SCORES[k] - sum(group) / 3, (sum((group - sum(group) / 3) ** 2) / 2).sqrt()
+
     centred = SCORES - sum(SCORES) / 6
     if method is baselines.ddpo_losses:
         advantage = centred / (sum(centred**2) / 5).sqrt()
@@ -173,6 +184,29 @@ def expected_losses(method, i, x, eps):
             bound = 1.1 if advantage[k] > 0 else 0.9
             beyond = rho > bound if advantage[k] > 0 else rho < bound
             losses.append(-(bound if beyond else rho) * advantage[k])
+    elif method is baselines.grpo_losses:
+        losses = []
+        for k in chains:
+            deviation, sd = group_deviation(k)
+            rho = log_ratio[k].exp()
+            losses.append(-min(rho * deviation, rho.clamp(0.9, 1.1) * deviation) / sd)
+            losses[-1] = losses[-1] + 0.3 * kl[k]
+    elif method is baselines.nft_losses:
+        sd = (sum(centred**2) / 5).sqrt()
+        losses = []
+        for k in chains:
+            p = (1 + max(-1, min(1, group_deviation(k)[0] / sd))) / 2
+
+            def mixture(share):
+                return lambda *x: (1 - share) * SAMPLED_BY(*x) + share * POLICY(*x)
+
+            loss = p * error(mixture(0.7), k, eps[k]) + (1 - p) * error(mixture(-0.7), k, eps[k])
+            noised = ab.sqrt() * x[-1, k] + (1 - ab).sqrt() * eps[k]
+            at_noised = (
+                step_gaussian(net, i, noised[None].expand(6, -1, -1, -1), k)
+                for net in (POLICY, INITIAL)
+            )
+            losses.append(loss + 0.3 * kl_divergence(*at_noised))
     elif method is baselines.dpok_losses:
         losses = [-log_ratio[k].exp() * centred[k] + 0.3 * kl[k] for k in chains]
     elif method is baselines.reward_weighted_losses:
@@ -199,6 +233,19 @@ METHODS = {
     baselines.reward_weighted_losses: {"scores": SCORES, "temperature": 0.7},
     baselines.preferred_losses: {"pairs": PAIRS, "kl_weight": 0.4, "reference": INITIAL},
     baselines.diffusion_dpo_losses: {"pairs": PAIRS, "beta": 5e-4, "reference": INITIAL},
+    baselines.grpo_losses: {
+        "scores": SCORES.view(2, 3),
+        "clip": 0.1,
+        "kl_weight": 0.3,
+        "reference": INITIAL,
+    },
+    baselines.nft_losses: {
+        "old": SAMPLED_BY,
+        "scores": SCORES.view(2, 3),
+        "beta": 0.7,
+        "kl_weight": 0.3,
+        "reference": INITIAL,
+    },
 }
 
 
@@ -213,6 +260,7 @@ def test_images_with_prompts_follow_the_formulas_chain_by_chain(method):
         baselines.reward_weighted_losses: (6, 2, 3, 4),
         baselines.preferred_losses: (len(PAIRS[:, 0].unique()), 2, 3, 4),
         baselines.diffusion_dpo_losses: (len(PAIRS), 2, 3, 4),
+        baselines.nft_losses: (6, 2, 3, 4),
     }
     if method in shapes:
         options["generator"] = torch.Generator().manual_seed(4)
@@ -230,12 +278,12 @@ def test_images_with_prompts_follow_the_formulas_chain_by_chain(method):
             torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-5)
 
 
-def test_equal_scores_teach_ddpo_nothing():
+def test_equal_scores_teach_ddpo_and_grpo_nothing():
     trajectory = d3po.rollout(SAMPLED_BY, SCHEDULE, torch.randn(6, 2, 3, 4), COND)
-    for loss in baselines.ddpo_losses(
-        POLICY, SCHEDULE, trajectory, scores=torch.ones(6), clip=0.1, cond=COND
-    ):
-        assert loss == 0
+    for function, shape in ((baselines.ddpo_losses, 6), (baselines.grpo_losses, (2, 3))):
+        scores = torch.ones(shape)
+        for loss in function(POLICY, SCHEDULE, trajectory, scores=scores, clip=0.1, cond=COND):
+            assert loss == 0
 
 
 def test_without_a_kl_the_reference_is_not_asked():
@@ -243,3 +291,49 @@ def test_without_a_kl_the_reference_is_not_asked():
     options = {"reference": None, "pairs": PAIRS, "kl_weight": 0, "cond": COND}
     losses = baselines.preferred_losses(POLICY, SCHEDULE, trajectory, **options)
     assert len(list(losses)) == len(SCHEDULE.sigma)
+
+
+def test_grpo_in_pairs_without_clip_is_ddpo_of_each_pair_and_knows_the_winner_alone(sampled):
+    policy, trajectory, scores, _ = sampled
+    far = a_policy(seed=1)  # so ratios are far from 1
+    options = {"clip": 1e9, "steps": [7]}
+    pairs = scores.view(-1, 2)
+    (loss,) = baselines.grpo_losses(far, SCHEDULE, trajectory, scores=pairs, **options)
+    of_pairs = []
+    for k in range(0, 32, 2):
+        x, log_prob = trajectory.x[:, k : k + 2], trajectory.log_prob[:, k : k + 2]
+        pair = d3po.Trajectory(x, log_prob)
+        of_pairs += baselines.ddpo_losses(far, SCHEDULE, pair, scores=scores[k : k + 2], **options)
+    torch.testing.assert_close(loss, sum(of_pairs) / 16)
+
+    winners = d3po.preference(*pairs.T)
+    signs = torch.stack([winners, -winners], 1).float()
+    (by_labels,) = baselines.grpo_losses(far, SCHEDULE, trajectory, scores=signs, **options)
+    torch.testing.assert_close(loss, by_labels)
+
+
+@pytest.mark.parametrize("beta", [0.5, 2.0])
+def test_nft_ends_at_the_old_noise_plus_the_improvement_over_beta(beta):
+    """The minimum of DiffusionNFT's theorem, for a network that is one number c everywhere.
+
+    c = c_old + E[(2 p - 1)(eps - c_old)] / beta.
+    """
+    x_0 = torch.randn(1000, 1, dtype=torch.float64)
+    scores = x_0.view(-1, 4)  # 250 groups
+    trajectory = d3po.Trajectory(x_0.expand(len(SCHEDULE.sigma) + 1, -1, -1), None)
+    eps = torch.randn(x_0.shape, generator=torch.Generator().manual_seed(1), dtype=x_0.dtype)
+    deviation = (scores - scores.mean(1, keepdim=True)).flatten() / scores.std()
+    best = 0.3 + (deviation.clamp(-1, 1) * (eps[:, 0] - 0.3)).mean().item() / beta
+    c = torch.tensor(best, dtype=torch.float64, requires_grad=True)
+    (loss,) = baselines.nft_losses(
+        lambda x, *_: c.expand(x.shape),
+        SCHEDULE,
+        trajectory,
+        old=lambda x, *_: torch.full_like(x, 0.3),
+        scores=scores,
+        beta=beta,
+        steps=[4],
+        generator=torch.Generator().manual_seed(1),
+    )
+    (slope,) = torch.autograd.grad(loss, c)
+    assert abs(slope) < 1e-12 and best != pytest.approx(0.3, abs=1e-3)

@@ -1,12 +1,14 @@
 """The reward model against the scores that labels were drawn from, and what DPOK is given."""
 
+import math
+
 import torch
 
 import d3po
 from toy import baselines
 from toy.align import PreferenceBatch
 from toy.ddpm import Adapter
-from toy.reward_model import RewardModelDPOK
+from toy.reward_model import COPIES, RewardModelChain, RewardModelDPOK, soft_pairs
 from toy.worlds import ALPHA_BARS, MIXTURES, exact_denoiser, reach
 
 RING = MIXTURES["ring"]
@@ -62,3 +64,35 @@ def test_without_a_winner_the_model_stays():
     losses = model(policy, SCHEDULE, ties, reference=policy.reference, value=0.3)
     assert len(list(losses)) == 5
     assert all(map(torch.equal, before, model.net.parameters()))
+
+
+def test_soft_labels_are_shares_of_the_rows_of_a_pair():
+    scores = torch.tensor([[0.0, 0.0], [3.0, 1.0], [-50.0, 50.0]])
+    rows = soft_pairs(scores).tolist()
+    assert len(rows) == 3 * COPIES
+    for n, (a, b) in enumerate(scores.tolist()):
+        first, second = rows.count([2 * n, 2 * n + 1]), rows.count([2 * n + 1, 2 * n])
+        assert first + second == COPIES
+        assert abs(first / COPIES - 1 / (1 + math.exp(b - a))) <= 0.5 / COPIES
+
+
+def test_pairs_that_the_model_labels_are_the_policys_own_and_pull_by_eq_3():
+    """Where theta is the reference, Eq. 5 with soft labels p has the slope beta (1/2 - p)."""
+    policy, batch = batch_of(20)
+    model = RewardModelChain()
+    torch.manual_seed(1)
+    losses = model(policy, SCHEDULE, batch, reference=policy.reference, value=0.3)
+    weight = policy.correction.mlp[-1].bias
+    found = sum(torch.autograd.grad(loss, weight)[0] for loss in losses)
+
+    torch.manual_seed(1)  # the same trajectories, by hand
+    trajectory = d3po.rollout(policy, SCHEDULE, batch.trajectory.x[0])
+    scores = model.scores(trajectory.x[-1])
+    p = torch.sigmoid(scores[0::2] - scores[1::2])
+    p = (p * COPIES).round() / COPIES
+    total = 0
+    for i in range(5):
+        mean = d3po.policy_mean(policy, SCHEDULE, i, trajectory.x[i])
+        log_pi = d3po.log_prob(trajectory.x[i + 1], mean, SCHEDULE.sigma[i])
+        total = total + (0.3 * (0.5 - p) * (log_pi[0::2] - log_pi[1::2])).mean()
+    torch.testing.assert_close(found, torch.autograd.grad(total, weight)[0], rtol=1e-4, atol=1e-6)
