@@ -141,11 +141,15 @@ def lora_path(folder: Path) -> str:
     return os.path.abspath(folder / "lora")
 
 
-def usage(folder: Path, prompt: str, *, pipeline: str, flow: bool) -> str:
+def usage(
+    folder: Path, prompt: str, *, pipeline: str, loading: dict, scheduler: dict | None
+) -> str:
     """Python that loads the LoRA and draws an image as the training did; it runs as it stands.
 
-    pipeline: its class in diffusers; flow: whether it is a rectified flow, which has no eta.
+    pipeline: its class in diffusers; loading: what it needs beside its name; scheduler: what DDIM
+    needs beside the settings of the stock scheduler; None for a rectified flow, which has no eta.
     """
+    flow = scheduler is None
     args = settings_of(folder)
     load = "from_single_file" if args.model.endswith(".safetensors") else "from_pretrained"
     dtype = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}[args.precision]
@@ -153,16 +157,17 @@ def usage(folder: Path, prompt: str, *, pipeline: str, flow: bool) -> str:
     call |= {} if flow else {"eta": args.eta}
     call |= {name: value for name in ("height", "width") if (value := getattr(args, name))}
     settings = ", ".join(f"{name}={value!r}" for name, value in call.items())
+    options = "".join(f", {name}={value!r}" for name, value in loading.items())
     lines = [
         "import torch",
         f"from diffusers import {'' if flow else 'DDIMScheduler, '}{pipeline}",
         "",
-        f"pipe = {pipeline}.{load}({args.model!r}, dtype=torch.{dtype})",
+        f"pipe = {pipeline}.{load}({args.model!r}, dtype=torch.{dtype}{options})",
         'pipe.to("cuda" if torch.cuda.is_available() else "cpu")',
     ]
     if not flow:  # a scheduler's default for the last step is another
         lines += [
-            'options = {"set_alpha_to_one": False, "clip_sample": False}',
+            f"options = {scheduler!r}",
             "pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, **options)",
         ]
     if args.init_lora:

@@ -32,6 +32,7 @@ from sd.losses import step_losses
 from sd.metrics import EvalResult
 from sd.model import Batch, Model, RunningAverage, load_model, make_accelerator, sample
 from sd.options import Settings
+from sd.pipeline import ddim_options, loading_options
 from sd.prompts import load_prompts
 from sd.replay import (
     LabelledBatch,
@@ -541,9 +542,15 @@ class Run:
 
     def code(self) -> str:
         """Python that draws an image with the LoRA."""
-        model, pipeline = self.model, type(self.model.pipe).__name__
+        model, name = self.model, self.args.row()["model"]
         flow = model.policy.prediction == "flow"
-        return report.usage(self.folder, model.prompts[0], pipeline=pipeline, flow=flow)
+        return report.usage(
+            self.folder,
+            model.prompts[0],
+            pipeline=type(model.pipe).__name__,
+            loading={} if name.startswith("<") else loading_options(name),
+            scheduler=None if flow else ddim_options(model.stock_scheduler),
+        )
 
     def close(self, reason: str | None = None) -> None:
         """Tell people that the run has ended; reason: why it cannot go on."""
