@@ -177,25 +177,25 @@ def walkthrough() -> dict[str, Number | Between]:
     """What walkthrough.ipynb has to find, as `theory`."""
     log2, rounding = exactly(math.log(2)), Between(0, 1e-5)
     # Trainings are short and of one seed; on another processor they amount to another seed, of the
-    # reference too. So tolerances hold three seeds (0, 1, 2), with room for as much again. The
-    # optimum depends on the reference alone.
+    # reference too. So tolerances held three seeds (0, 1, 2), with room for as much again, when an
+    # epoch had 128 pairs; the values are of 256. The optimum depends on the reference alone.
     optimum = {  # beta: score and KL of the best chain of Gaussian steps
         "3.0": (Number(-2.018, 0.01), Number(0.086, 0.003)),
         "1.0": (Number(-1.113, 0.015), Number(0.668, 0.015)),
         "0.3": (Number(-0.245, 0.01), Number(2.162, 0.04)),
         "0.1": (Number(-0.111, 0.01), Number(2.825, 0.06)),
     }
-    found = {  # beta: attained share, score, KL
-        "3.0": (Number(0.75, 0.05), Number(-2.17, 0.06), Number(0.056, 0.02)),
-        "1.0": (Number(0.855, 0.06), Number(-1.40, 0.2), Number(0.48, 0.15)),
-        "0.3": (Number(0.93, 0.03), Number(-0.38, 0.12), Number(2.05, 0.4)),
-        "0.1": (Number(0.95, 0.035), Number(-0.125, 0.03), Number(3.75, 0.7)),
+    trained = {  # beta: attained share, score, KL
+        "3.0": (Number(0.715, 0.05), Number(-2.205, 0.06), Number(0.048, 0.02)),
+        "1.0": (Number(0.86, 0.06), Number(-1.41, 0.2), Number(0.47, 0.15)),
+        "0.3": (Number(0.93, 0.03), Number(-0.39, 0.12), Number(2.05, 0.4)),
+        "0.1": (Number(0.94, 0.035), Number(-0.155, 0.03), Number(3.7, 0.7)),
     }
     frontier = {}
     for beta in optimum:
         for name, wanted in zip(("best_score", "best_kl"), optimum[beta], strict=True):
             frontier[f"beta/{beta}/{name}"] = wanted
-        for name, wanted in zip(("share", "score", "kl"), found[beta], strict=True):
+        for name, wanted in zip(("share", "score", "kl"), trained[beta], strict=True):
             frontier[f"beta/{beta}/{name}"] = wanted
     whole, eq14 = "training/whole chain", "training/Eq. 14"
     return frontier | {
@@ -211,53 +211,55 @@ def walkthrough() -> dict[str, Number | Between]:
         "loss/typed_minus_d3po_loss": Between(0, 1e-12),
         "loss/at_start": log2,
         "loss/spread_at_start": Between(0, 1e-6),
+        "loss/chain_at_start": log2,
         **{f"loss/pull_at_0_beta_{beta}": exactly(beta / 2) for beta in (0.1, 0.3, 1.0)},
         # 5: one update on 10,000 pairs. One chain knows next to nothing, many together know the way
         "update/pull_minus_formula": rounding,
-        "update/loss_after": Between(0.692, math.log(2) - 1e-4),
+        "update/loss_after": Number(0.6856, 0.003),
         "update/cosine_of_single_chains": Number(0.052, 0.02),
         "update/cosine_of_squares": Number(0.60, 0.12),
         "update/cosine_of_network": Number(0.74, 0.06),
         # 6: what the text says of accuracy and loss; the shares of the two methods do not overlap
-        f"{whole}/share": found["0.3"][0],
+        f"{whole}/share": trained["0.3"][0],
         f"{whole}/on_data": Between(0.94, 0.99),
         f"{whole}/win_rate": Number(0.945, 0.025),
-        f"{whole}/last_10_accuracy": Between(0.5, 0.65),
-        f"{whole}/last_10_ceiling": Number(0.61, 0.05),
-        f"{whole}/last_10_loss": Number(0.64, 0.02),
-        f"{whole}/last_10_margin": Number(0.12, 0.05),
-        f"{eq14}/share": Number(0.70, 0.10),
-        f"{eq14}/score": Number(-1.05, 0.25),
-        f"{eq14}/kl": Number(1.1, 0.4),
+        f"{whole}/last_5_accuracy": Between(0.5, 0.65),
+        f"{whole}/last_5_ceiling": Number(0.61, 0.05),
+        f"{whole}/last_5_loss": Number(0.64, 0.02),
+        f"{whole}/last_5_margin": Number(0.15, 0.05),
+        f"{eq14}/share": Number(0.64, 0.10),
+        f"{eq14}/score": Number(-1.23, 0.25),
+        f"{eq14}/kl": Number(0.85, 0.4),
         f"{eq14}/on_data": Between(0.94, 0.99),
         f"{eq14}/win_rate": Number(0.945, 0.025),
-        f"{eq14}/last_10_accuracy": Number(0.63, 0.05),
-        f"{eq14}/last_10_ceiling": Number(0.70, 0.04),
-        f"{eq14}/last_10_loss": Between(0.687, math.log(2)),
-        f"{eq14}/last_10_margin": Number(0.165, 0.05),
+        f"{eq14}/last_5_accuracy": Number(0.63, 0.05),
+        f"{eq14}/last_5_ceiling": Number(0.70, 0.04),
+        f"{eq14}/last_5_loss": Between(0.687, math.log(2)),
+        f"{eq14}/last_5_margin": Number(0.135, 0.05),
         # 8: means of five seeds; their sd is 0.1 for once and 0.07 for again. The text speaks of a
         # gain, and of stored chains that end below the reference at the larger step size
         "labels_last/once, 0.02": Number(0.50, 0.15),
         "labels_last/again, stored chains, 0.005": Between(-1000, 0),
         "labels_last/again, drawn anew, 0.005": Number(0.64, 0.10),
         "labels_last/gain": Between(0, 0.35),
-        # 9: one pass over eight chains; then committed weights
+        # 9: one update on eight chains, before which all ratios are 1; then committed weights
         "emoji_step/pairs": Number(28, 0),
+        "emoji_step/largest_log_ratio_before": Number(0, 0),
         "emoji_step/first_loss": log2,
-        "emoji_step/accuracy_after": Between(0.7, 1),
-        "emoji_step/gap_after": Between(5, 40),
+        "emoji_step/accuracy_after": Between(0.8, 1),
+        "emoji_step/gap_after": Number(3.8, 1.5),
         "emoji_lora/kb_before": Number(2.03, 0.05),
         "emoji_lora/kb_after": Number(1.68, 0.1),
         "emoji_lora/smaller": Between(7, 8),
-        "emoji_lora/named_before": Between(7, 8),
-        "emoji_lora/named_after": Between(6, 8),
+        "emoji_lora/recognised_before": Between(7, 8),
+        "emoji_lora/recognised_after": Between(6, 8),
         # 10: images before any training; then one run of one seed
         "own_pairs/before/warmth": Number(0.073, 0.003),
-        "own_pairs/before/named": Between(44, 45),
+        "own_pairs/before/recognised": Between(44, 45),
         "own_pairs/after/warmth": Number(0.235, 0.06),
-        "own_pairs/after/named": Between(42, 45),
+        "own_pairs/after/recognised": Between(42, 45),
         "own_pairs/warmer": Between(43, 45),
-        "own_pairs/kl": Number(8.3, 4),
+        "own_pairs/kl": Number(7.3, 4),
     }
 
 
