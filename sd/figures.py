@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from sd import files
-from sd.options import PEOPLE
+from sd.metrics import epoch_word
 from sd.scorers import measure_of
 
 if TYPE_CHECKING:  # a figure is drawn long after a command line is read
@@ -74,14 +74,10 @@ def evenly_apart(evaluated: list[dict]) -> list[dict]:
 
 def row_name(row: dict, config: dict) -> str:
     """When an evaluation was, and its score or win rate."""
-    name = f"{epoch_word(config)} {row['epoch']}" if row["epoch"] else "before"
+    name = f"{epoch_word(config['objective'])} {row['epoch']}" if row["epoch"] else "before"
     if row["eval_score"] is not None:
         return f"{name}\n{measure_of(config['objective']).show(row['eval_score'])}"
     return name
-
-
-def epoch_word(config: dict) -> str:
-    return "round" if config["objective"] in PEOPLE else "epoch"
 
 
 # Curves
@@ -104,7 +100,7 @@ def draw_curves(rows: list[dict], evaluated: list[dict], config: dict, path: Pat
         axis.set_ylabel(textwrap.fill(name, 28))
         if axis.get_legend_handles_labels()[0]:
             axis.legend(**LEGEND)
-    axis.set_xlabel(epoch_word(config))
+    axis.set_xlabel(epoch_word(config["objective"]))
     axis.xaxis.get_major_locator().set_params(integer=True)
     return save_figure(figure, path)
 

@@ -7,7 +7,7 @@ from argparse import Namespace
 from pathlib import Path
 
 from sd import files
-from sd.metrics import as_sentence, describe_kl, percent, wilson
+from sd.metrics import as_sentence, describe_kl, epoch_word, percent, wilson
 from sd.options import PEOPLE
 from sd.scorers import measure_of, split_objective
 
@@ -44,9 +44,10 @@ def result_sentences(folder: Path) -> list[str]:
     settings, rows = settings_of(folder), files.read_lines(folder / "metrics.jsonl")
     if not rows:
         return ["No epoch is done, so nothing is learned yet."]
-    last, rounds = rows[-1], "rounds" if settings.objective in PEOPLE else "epochs"
+    last = rows[-1]
     preferences = f"{last['labels']:,} preferences {source(settings)}"
-    sentences = [f"Trained on {preferences} in {last['epoch']} {rounds} of D3PO."]
+    epochs = f"{last['epoch']} {epoch_word(settings.objective)}s"
+    sentences = [f"Trained on {preferences} in {epochs} of D3PO."]
     evaluation = folder / "evaluation.json"
     result = files.read_json(evaluation) if evaluation.exists() else {}
     if result.get("epoch") == last["epoch"]:
@@ -126,10 +127,6 @@ def comparison_sentences(result: dict, objective: str | None, watch: str | None)
 # Card and page
 
 
-def lora_path(folder: Path) -> str:
-    return os.path.abspath(folder / "lora")
-
-
 def usage(
     folder: Path, prompt: str, *, pipeline: str, loading: dict, scheduler: dict | None
 ) -> str:
@@ -159,7 +156,7 @@ def usage(
             'pipe.to("cuda" if torch.cuda.is_available() else "cpu")',
             *lines,
             "# That it finds no keys of the text encoder is as it should be",
-            f"pipe.load_lora_weights({lora_path(folder)!r})",
+            f"pipe.load_lora_weights({os.path.abspath(folder / 'lora')!r})",
             f"image = pipe({prompt!r}{keywords(call)}).images[0]",
             'image.save("image.png")',
         ]
@@ -183,7 +180,7 @@ def write(folder: Path, epoch: int, code: str) -> None:
 
 def card(folder: Path, title: str, *, epoch: int, code: str) -> str:
     """Its code finds the LoRA in the card's folder, wherever that is."""
-    local = code.replace(repr(lora_path(folder)), "'lora'")
+    local = code.replace(repr(os.path.abspath(folder / "lora")), "'lora'")
     parts = [f"# {title}", "\n".join(result_sentences(folder))]
     parts += [f"![{FIGURES[name]}]({name})\n\n*{FIGURES[name]}*" for name in pictures(folder)]
     parts += [f"A LoRA. In the folder of this file, run\n\n```python\n{local}\n```", SETTINGS]
@@ -218,10 +215,9 @@ def collect_warnings(folder: Path) -> list[str]:
     for row in files.read_lines(folder / "metrics.jsonl"):
         for warning in row.get("warnings", []):
             epochs.setdefault(warning, []).append(str(row["epoch"]))
-    stopped = getattr(settings, "stopped", None)
-    time = "round" if settings.objective in PEOPLE else "epoch"
+    time = epoch_word(settings.objective)
     warnings = [f"{warning} ({time} {', '.join(at)})" for warning, at in epochs.items()]
-    return [stopped, *warnings] if stopped else warnings
+    return [settings.stopped, *warnings] if settings.stopped else warnings
 
 
 def ending(folder: Path, epochs: int, objective: str | None) -> str:

@@ -1,7 +1,5 @@
 """Figures of a run, drawn from a folder that no run has made."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -76,16 +74,6 @@ def test_figures_are_files_drawn_from_stored_numbers(run):
         image = Image.open(path)
         assert image.format == "PNG" and image.width == figures.WIDTH * figures.DPI
         assert np.asarray(image.convert("L")).std() > 5
-
-
-@pytest.mark.slow
-def test_drawing_leaves_the_display_of_a_notebook_alone(run):
-    """No pyplot, and matplotlib only when a figure is drawn."""
-    code = "import sys\nfrom pathlib import Path\nfrom sd import figures\n"
-    code += "print('matplotlib' in sys.modules)\nfigures.draw_run(Path(sys.argv[1]))\n"
-    code += "print('matplotlib.pyplot' in sys.modules)"
-    out = subprocess.run([sys.executable, "-c", code, run], capture_output=True, check=True)
-    assert out.stdout.split() == [b"False", b"False"]
 
 
 def test_curves_are_the_stored_columns_over_the_epochs(run, drawn):
