@@ -216,7 +216,7 @@ def format_metrics(
     initial: the initial model's scores; objective, watch, max_kl: as in config.json.
     """
     measure, share = measure_of(objective), row["eval_win_rate"]
-    sentences = [f"{'Round' if objective in PEOPLE else 'Epoch'} {row['epoch']} of {last_epoch}"]
+    sentences = [f"{epoch_word(objective)} {row['epoch']} of {last_epoch}"]
     if row["score"] is not None:
         sentences.append(f"New images: {measure.say(row['score'])}")
     if row["eval_score"] is not None:
@@ -245,6 +245,11 @@ def describe_kl(row: dict, max_kl: float | None) -> str | None:
         return None
     place = f"of at most {max_kl:g} nats" if max_kl else "nats, of new images in the steps trained"
     return f"The KL to the initial model is {kl:.1f} {place}"
+
+
+def epoch_word(objective: str | None) -> str:
+    """How an epoch is called to who reads of it."""
+    return "round" if objective in PEOPLE else "epoch"
 
 
 def as_sentence(words: str) -> str:

@@ -98,7 +98,7 @@ ROW = {
 }
 EVALUATED = {"eval_score": -1.0, "eval_win_rate": 0.9}
 LINES = [  # what differs from ROW, and sentences of the line
-    ({}, ["Epoch 3 of 9.", "New images: JPEG size 2.00 kB.", "Agreed with 75 % of the labels"]),
+    ({}, ["Epoch 3 of 9. New images: JPEG size 2.00 kB. Agreed with 75 % of the labels"]),
     ({}, ["1 s of sampling, 2 s of training."]),
     (EVALUATED, ["Held-out images: JPEG size 1.00 kB (before: 2.50 kB), 90 % preferred."]),
     ({"eval_kl": 4.25}, ["The KL to the initial model is 4.2 of at most 30 nats."]),
@@ -108,7 +108,6 @@ LINES = [  # what differs from ROW, and sentences of the line
     ),
     ({"log_ratio_winners": -0.1}, ["WARNING: the preferred images become less likely", "--beta"]),
     ({"kl_trained": metrics.KL_LIMIT + 1.0}, ["WARNING: the KL", "progress.png"]),
-    ({"eval_kl": metrics.KL_LIMIT + 1.0}, ["WARNING: the KL", "progress.png"]),
     ({"eval_kl": 1.0, "kl_trained": metrics.KL_LIMIT + 1.0}, ["KL to the initial model is 1.0 of"]),
     ({"watched": 0.44}, ["WARNING: what --watch measures fell from 0.5 to 0.44"]),
     ({"skipped": 2}, ["2 updates skipped"]),
@@ -212,7 +211,6 @@ def test_three_epochs_in_a_row_without_a_preference_end_a_run(tmp_path):
 
 CHANCE = [  # accuracy, labels, epochs, last win rate, warns
     (0.5, 100, 10, None, True),
-    (0.45, 900, 30, 0.55, True),
     (0.45, 900, 30, 0.7, False),
     (0.52, 900, 10, None, False),
     (0.45, 99, 10, None, False),
