@@ -83,8 +83,8 @@ class Questions:
 
     file: labels.jsonl; every answer is on disk when a method returns. rows: lines of it whose
     answer is null. annotators: answers that each needs, from as many people. seed: of left and
-    right. Methods may be called from several threads; they raise `Refusal` for what a page may not
-    do. Raises UserError for an invalid file.
+    right. `wait` belongs to another thread than the rest, which raise `Refusal` for what a page may
+    not do. Raises UserError for an invalid file.
     """
 
     def __init__(self, file: Path, rows: list[dict], *, annotators: int, seed: int):
