@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from sd import UserError, files
+from sd.prompts import PROMPTS, load_prompts
 
 SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 EMOJI = files.ROOT / "toy" / "emoji_sd"
@@ -459,7 +460,7 @@ def presets(typed: dict) -> dict:
     settings = {"model": model, **PRESETS.get(kind, {})}
     if is_emoji := isinstance(model, str) and os.path.exists(model) and EMOJI.samefile(model):
         settings |= EMOJI_PRESETS
-        if typed.get("prompts", "animals") == "animals":  # its classifier knows no other
+        if are_animals(typed.get("prompts")) and are_animals(typed.get("eval_prompts")):
             settings["watch"] = f"{EMOJI / 'classifier.py'}:recognised"
     objective, labels = typed.get("objective"), typed.get("labels")
     if objective or is_emoji:
@@ -469,6 +470,15 @@ def presets(typed: dict) -> dict:
     settings |= SOURCE_PRESETS[objective] if objective in PEOPLE else {}
     settings |= {"epochs": LABEL_PASSES} if labels and not objective else {}
     return settings | RECIPES.get(typed.get("recipe"), {})
+
+
+def are_animals(prompts: str | list | None) -> bool:
+    """Whether the emoji model's classifier knows all prompts; None: those that are the default."""
+    try:
+        names = load_prompts(prompts) if isinstance(prompts, str) else prompts or []
+    except ValueError:  # said when they are loaded
+        return False
+    return set(names) <= {*PROMPTS["animals"]}
 
 
 def saved_settings(folder: Path, typed: dict) -> dict:

@@ -167,8 +167,9 @@ def describe(setup: Setup) -> str:
     elif args.objective:
         again = f", and {args.replay} batches of earlier ones" if args.replay else ""
         images = args.prompts_per_epoch * args.images_per_prompt
+        epoch = "A round" if args.by_people else "An epoch"
         lines.append(
-            f"Objective {row['objective']}. An epoch: {images} images in {args.prompts_per_epoch} "
+            f"Objective {row['objective']}. {epoch}: {images} images in {args.prompts_per_epoch} "
             f"groups, {labels_of_epoch(args)} labels{again}."
         )
     if args.loss == "chain" and not args.evaluate:

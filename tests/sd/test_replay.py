@@ -101,6 +101,7 @@ def test_a_draw_depends_on_epoch_and_number_alone(make_buffer):
     def draw(epoch):
         return [batch.trajectory.x for batch in buffer.draw(epoch, 3)]
 
+    assert len({tuple(batch.cond.tolist()) for batch in buffer.draw(5, 3)}) > 1
     first, second = draw(5), draw(5)
     assert len(first) == 3 and all(map(torch.equal, first, second))
     assert not any(map(torch.equal, first, draw(6))) and not torch.equal(first[0], first[1])

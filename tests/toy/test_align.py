@@ -153,6 +153,16 @@ def test_pairs_share_their_x_T_and_labels_compare_their_ends():
     assert torch.equal(epoch.new.h, (first - second).sign().long())
 
 
+@pytest.mark.parametrize("chains", [1, 4])
+def test_a_group_of_another_size_shares_an_x_T(chains):
+    epoch = next(epochs_of(new_policy(), chains_per_x_T=chains))
+    x_T = epoch.new.trajectory.x[0]
+    assert x_T.shape == (2 * PAIRS, 2)
+    first = x_T[::chains]
+    assert len(first.unique(dim=0)) == 2 * PAIRS // chains
+    assert torch.equal(x_T, first.repeat_interleave(chains, 0))
+
+
 def test_labels_loss_and_epochs_are_counted():
     values = []
 
