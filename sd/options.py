@@ -190,7 +190,12 @@ class Sampling:
     )
     height: int | None = setting(None, "of images, pixels; by default the model's", "N")
     width: int | None = setting(None, "of images, pixels; by default the model's", "N")
-    eta: float = setting(1.0, "DDIM's noise scale, 0 < eta <= 1", "ETA")
+    eta: float = setting(
+        1.0,
+        "DDIM's noise scale, 0 < eta <= 1; at 1 the images follow the law tilted by the score, "
+        "with less x_T decides a part of them",
+        "ETA",
+    )
     guidance_scale: float = setting(
         5.0, "classifier-free guidance; 1 or less: none", "X", zero=True
     )
