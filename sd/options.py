@@ -26,6 +26,7 @@ AESTHETIC_HEAD = (
     "sac+logos+ava1-l14-linearMSE.pth"
 )
 PRECISIONS = ["fp16", "bf16", "fp32"]
+SCORERS = ("compressibility", "incompressibility", "aesthetic", "alignment")
 PEOPLE = ("human", "tags")  # objectives for which people answer on a page
 OF_PAIRS = ["chain", "eq14", "eq12"]  # the losses of d3po.py
 SCORED = ["reward-weighted", "ddpo", "dpok"]  # losses that see scores, not preferences
@@ -444,11 +445,33 @@ def absolute(name: str, value: Any) -> Any:
     if not isinstance(value, str):
         return value
     if name in ("objective", "watch"):
-        file, colon, function = value.rpartition(":")
-        return f"{os.path.abspath(file)}:{function}" if os.path.isfile(file) else value
+        scorers = [part.rpartition(":") for part in split_objective(value)]
+        return ",".join(
+            f"{os.path.abspath(file)}:{function}"
+            if os.path.isfile(file)
+            else file + colon + function
+            for file, colon, function in scorers
+        )
     paths = ("model", "init_lora", "labels", "images", "prompts", "eval_prompts", "clip_model")
     is_path = name in (*paths, "aesthetic_head") and os.path.exists(value)
     return os.path.abspath(value) if is_path else value
+
+
+def absolute_scorer(scorer: str) -> str:
+    file, _, function = scorer.rpartition(":")
+    return f"{os.path.abspath(file)}:{function}" if os.path.isfile(file) else scorer
+
+
+def split_objective(objective: str) -> list[str]:
+    """The names between the commas. A path may have commas too: it ends with .py:FUNCTION."""
+    names, parts = [], []
+    for part in objective.split(","):
+        parts.append(part)
+        name = ",".join(parts).strip()
+        if name in SCORERS or ".py:" in name:
+            names.append(name)
+            parts = []
+    return names + parts
 
 
 def presets(typed: dict) -> dict:

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import nn
 
 from sd import UserError
-from sd.options import AESTHETIC_HEAD, CLIP
+from sd.options import AESTHETIC_HEAD, CLIP, SCORERS, split_objective
 
 Scorer = Callable[[list[Image.Image], list[str]], Sequence[float]]  # images, prompts -> numbers
 
@@ -30,7 +30,7 @@ def load_scorers(
 ) -> list[Scorer]:
     """The scorers of an objective.
 
-    objective: one of NAMES, FILE.py:FUNCTION, or several with commas between; or a function
+    objective: one of SCORERS, FILE.py:FUNCTION, or several with commas between; or a function
     (images, prompts) -> numbers; or a list of such.
     prompts: those of the run; a function of one's own is tried on two of them.
     clip, head: hub id or folder of the CLIP model; file or URL of the aesthetic predictor.
@@ -52,22 +52,10 @@ def load_scorers(
         elif ".py:" in part:
             scorers.append(checked(load_function(*part.rsplit(":", 1)), part, prompts))
         else:
-            names = ", ".join([*NAMES, "human", "tags"])
+            names = ", ".join([*SCORERS, "human", "tags"])
             message = f"objective '{part}' is unknown: choose one of {names}"
             raise UserError(f"{message}, or give FILE.py:FUNCTION")
     return scorers
-
-
-def split_objective(objective: str) -> list[str]:
-    """The names between the commas. A path may have commas too: it ends with .py:FUNCTION."""
-    names, parts = [], []
-    for part in objective.split(","):
-        parts.append(part)
-        name = ",".join(parts).strip()
-        if name in NAMES or ".py:" in name:
-            names.append(name)
-            parts = []
-    return names + parts
 
 
 def score_images(
@@ -113,9 +101,9 @@ ANIMALS = Measure(
 )
 
 
-def measure_of(objective: str) -> Measure:
+def measure_of(objective: str | None) -> Measure:
     """How people read the first scorer of an objective; one's own by its function's name."""
-    first = split_objective(objective)[0]
+    first = split_objective(objective or "score")[0]
     file, _, function = first.rpartition(".py:")
     if Path(file).parts[-2:] == ("emoji_sd", "classifier") and function.startswith("recognised"):
         return ANIMALS
@@ -142,7 +130,6 @@ def incompressibility(images: list[Image.Image], prompts: list[str]) -> list[flo
 
 
 JPEG_SIZES = {"compressibility": compressibility, "incompressibility": incompressibility}
-NAMES = (*JPEG_SIZES, "aesthetic", "alignment")
 
 
 def load_clip(name: str, device: torch.device | str) -> tuple:
