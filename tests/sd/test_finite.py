@@ -33,7 +33,7 @@ def test_a_vae_that_gives_nan_stops_the_run_before_anything_is_trained(tmp_path,
         run(folder, out, f"{scorers}:brightness")
     message = str(stop.value)
     assert message.startswith("2 of 2 images are not finite: number 1 (")
-    assert PROMPTS[0] in message and PROMPTS[1] in message and message.count(". ") < 4
+    assert PROMPTS[0] in message and PROMPTS[1] in message
     assert "the VAE's decoder gave in fp32" in message and f"{out} has no model yet" in message
     nothing_of_them_is_kept(out)
 
@@ -77,15 +77,15 @@ def test_images_of_labels_that_cannot_be_encoded_are_refused(tmp_path, part):
     error = str(stop.value)
     assert f"the VAE's {part} gave in fp32" in error
     assert ("0.png" if part == "encoder" else "a blank image") in error
-    assert not (tmp_path / "run").exists()
+    nothing_of_them_is_kept(tmp_path / "run")
 
 
 def test_the_remedy_is_another_precision_where_there_is_one():
     broken = torch.tensor([[1.0], [math.inf], [2.0], [math.nan]])
     for dtype, remedy in (
-        (torch.float16, "--precision bf16 or fp32"),
+        (torch.float16, "--precision fp32"),
         (torch.bfloat16, "--precision fp32"),
-        (torch.float32, "lower --lr"),
+        (torch.float32, "another --model"),
     ):
         sentence = rf"2 of 4 images.*number 2 \(b\), number 4 \(d\).*{remedy}"
         with pytest.raises(UserError, match=sentence):
