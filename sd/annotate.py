@@ -12,9 +12,8 @@ All addresses begin with http://127.0.0.1:PORT/TOKEN:
     POST /end              {"id": ID of a question, "end": "questions" or "run"}: skip what is left
 
 ID is KEY and how often this person's answer has changed, so that a page that is behind is refused.
-The server listens on 127.0.0.1. Requests without the token, of another user of the machine say,
-are refused, and so are those of a page of another site, under its own name (Origin, against CSRF)
-or under a name that leads here (Host, against DNS rebinding).
+The server listens on 127.0.0.1. Requests without the token are refused, and so are those that a
+page of another site sends, under its own name (Origin) or under one that leads here (Host).
 
 --public-url is the one other address at which the page may be opened, through a proxy of this
 machine. The proxy may keep Host or rewrite it to 127.0.0.1 or localhost; of the path of the public
@@ -40,8 +39,8 @@ import torch
 import uvicorn
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException as Refusal  # Refusal(status, sentence)
-from starlette.requests import ClientDisconnect, Request
-from starlette.responses import FileResponse, HTMLResponse, JSONResponse, PlainTextResponse
+from starlette.requests import Request
+from starlette.responses import FileResponse, HTMLResponse, JSONResponse
 from starlette.routing import Route
 from tqdm import tqdm
 
@@ -51,8 +50,6 @@ from sd.files import read_lines, replace, save_lines
 from sd.seeds import RandomPurpose, seeded_generator
 
 PORTS = range(7860, 7960)  # tried in turn where no port is given
-MAX_REQUEST_BYTES = 10_000  # far more than an answer needs
-TOKEN_FILE = "token"  # in the run folder, for its owner's eyes; a page outlives a restart
 NOBODY = "(nobody"  # stands for a person whose answer was not waited for
 LOCAL_HOST = re.compile(r"(127\.0\.0\.1|localhost|\[::1\])(:\d+)?", re.IGNORECASE)  # tunnels too
 PUBLIC_URL = re.compile(
@@ -60,15 +57,14 @@ PUBLIC_URL = re.compile(
 )
 JOINERS = str.maketrans("", "", "\u200c\u200d")  # in Persian names, and in emoji
 ADDRESS = "and the address that the browser shows, up to the token"
-FAREWELL = "The run has finished."
 UNDO_SECONDS = 5  # between the last answer and training
 FAREWELL_SECONDS = 2  # open pages ask once a second, and learn that the run has ended
-CONTENT_POLICY = (
-    "default-src 'none'; img-src 'self' data:; connect-src 'self'; style-src 'unsafe-inline'; "
-    "script-src 'unsafe-inline'; base-uri 'none'; frame-ancestors 'none'"
-)
 SECURITY_HEADERS = [  # of every response, errors too
-    ("Content-Security-Policy", CONTENT_POLICY),
+    (
+        "Content-Security-Policy",
+        "default-src 'none'; img-src 'self' data:; connect-src 'self'; base-uri 'none'; "
+        "style-src 'unsafe-inline'; script-src 'unsafe-inline'; frame-ancestors 'none'",
+    ),
     ("Cross-Origin-Resource-Policy", "same-origin"),
     ("X-Content-Type-Options", "nosniff"),
     ("Referrer-Policy", "no-referrer"),
@@ -87,18 +83,14 @@ class Questions:
 
     file: labels.jsonl; every answer is on disk when a method returns. rows: lines of it whose
     answer is null. annotators: answers that each needs, from as many people. seed: of left and
-    right. Methods may be called from several threads. Raises UserError for a file with flaws.
-
-    A question's ID is its KEY and how often this person's answer has changed. Methods raise
-    `Refusal` for what a page may not do.
+    right. `wait` belongs to another thread than the rest, which raise `Refusal` for what a page may
+    not do. Raises UserError for an invalid file.
     """
 
     def __init__(self, file: Path, rows: list[dict], *, annotators: int, seed: int):
         self.file, self.annotators = file, annotators
         self.finished = False  # somebody wants the run to end
-        self._hurry = self._held = False  # training begins at once, or waits for a person
-        self._begins = math.inf  # when it begins, once all is answered
-        self._changed = threading.Condition()  # guards the questions and the four above
+        self._changed = threading.Condition()  # guards the questions and when training begins
         answers = labels.read_labels(file, rows).values()
         sides = seeded_generator(seed, RandomPurpose.SIDES, rows[0]["epoch"])
         left = torch.randint(2, (len(rows),), generator=sides).tolist()
@@ -109,41 +101,26 @@ class Questions:
             f"{start}-{n}": Question(*parts, Counter())
             for n, parts in enumerate(zip(rows, left, answers, strict=True))
         }
+        self._begins = math.inf if self.missing else 0  # when training does
 
     @property
     def missing(self) -> int:
         """Answers that are still to come."""
         return sum(max(self.annotators - len(q.answers), 0) for q in self._by_key.values())
 
+    @property
+    def seconds_left(self) -> float | None:
+        """Until training begins; None where answers are missing, or somebody holds it."""
+        left = self._begins - time.monotonic()
+        return None if math.isinf(left) else max(left, 0)
+
     def wait(self) -> list[Question]:
         """The questions when all are answered; the last answer can be taken back for a moment."""
         with self._changed:
-            while True:
-                self._changed.wait_for(lambda: self.missing == 0)
-                self._begins = time.monotonic() + UNDO_SECONDS
-                self._changed.wait_for(
-                    lambda: self.missing > 0 or self._hurry or self._held, UNDO_SECONDS
-                )
-                self._changed.wait_for(lambda: self.missing > 0 or self._hurry or not self._held)
-                if self.missing == 0:
-                    return self.close()
-
-    def close(self) -> list[Question]:
-        """Take no more answers; return the questions."""
-        with self._changed:
+            while self.seconds_left != 0:
+                self._changed.wait(self.seconds_left)
             questions, self._by_key = [*self._by_key.values()], {}
             return questions
-
-    @property
-    def answered(self) -> int:
-        """Questions that somebody answered, not only skipped."""
-        answers = [question.answers.values() for question in self._by_key.values()]
-        return sum(any(answer is not None for answer in each) for each in answers)
-
-    @property
-    def seconds_left(self) -> float | None:
-        """Until training begins; None where somebody holds it."""
-        return None if self._held else min(max(0, self._begins - time.monotonic()), UNDO_SECONDS)
 
     def of_person(self, name: str | None) -> list[dict]:
         """What the page asks one person; nothing where all is answered, or a name is needed."""
@@ -196,25 +173,22 @@ class Questions:
             _, question = self._answerable(id, name)
             question.answers.pop(name, None)
             question.changes[name] += 1
-            self._held = False
-            self._changed.notify_all()
+            self._set_begin(math.inf)
 
     def hold(self, id) -> None:
         """Begin no training until "Train now", so that there is time to take an answer back."""
         with self._changed:
-            self._question(str(id).rpartition("-")[0])
-            self._held = True
-            self._changed.notify_all()
+            self._question(key_of(id))
+            self._set_begin(math.inf)
 
     def end(self, id, end: str) -> None:
         """Skip what is not answered: "Train now"; and let the run end after it: "Finish"."""
         if end not in ("questions", "run"):
             raise Refusal(400, 'end is "questions" or "run"')
         with self._changed:
-            finished = end == "run"
-            self._question(str(id).rpartition("-")[0])
+            self._question(key_of(id))
             # Where nobody has answered anything, a run that is resumed asks again
-            forget = finished and not any(q.answers for q in self._by_key.values())
+            forget = end == "run" and not any(q.answers for q in self._by_key.values())
             for question in self._by_key.values():
                 for number in range(self.annotators - len(question.answers)):
                     name = f"{NOBODY} {number + 1})" if self.annotators > 1 else None
@@ -222,23 +196,21 @@ class Questions:
                         question.answers[name] = None
                     else:
                         self._keep(question, name, None)
-            self.finished, self._hurry = finished, True
-            self._changed.notify_all()
+            self.finished = end == "run"
+            self._set_begin(0)
 
     def check_name(self, name) -> str | None:
-        """A name as it was first written, "ann " is Ann; None without one."""
-        if name is None:
+        """A name as it was first written, "ann " is Ann; one person alone has none."""
+        if name is None or self.annotators == 1:
             return None
         name = normalize_name(name)
-        if self.annotators == 1:
-            raise Refusal(400, "one person labels this run, without a name")
         with self._changed:
             names = {n for question in self._by_key.values() for n in question.answers}
-        people = {fold(n): n for n in names if not n.startswith(NOBODY)}
-        if fold(name) not in people and len(people) >= self.annotators:
+        people = {n.casefold(): n for n in names if not n.startswith(NOBODY)}
+        if name.casefold() not in people and len(people) >= self.annotators:
             taken = ", ".join(sorted(people.values()))
             raise Refusal(403, f"All {self.annotators} places are taken, by {taken}. Thank you!")
-        return people.get(fold(name), name)
+        return people.get(name.casefold(), name)
 
     def _keep(self, question: Question, name: str | None, answer, **more) -> None:
         annotator = {} if name is None else {"annotator": name}
@@ -246,6 +218,11 @@ class Questions:
         append_safely(self.file, {**question.row, field: answer, **annotator, **more})
         question.answers[name] = answer
         question.changes[name] += 1
+        if not self.missing:
+            self._set_begin(time.monotonic() + UNDO_SECONDS)
+
+    def _set_begin(self, begin: float) -> None:
+        self._begins = begin
         self._changed.notify_all()
 
     def _id(self, key: str, name: str | None) -> str:
@@ -253,7 +230,7 @@ class Questions:
 
     def _answerable(self, id, name: str | None) -> tuple[str, Question]:
         """KEY and question of an ID, unless this person's answer has changed since."""
-        key = str(id).rpartition("-")[0]
+        key = key_of(id)
         question = self._question(key)
         if id != self._id(key, name):
             raise Refusal(409, "This was answered on another page: here is what it says now.")
@@ -267,19 +244,19 @@ class Questions:
             return self._by_key[key]
 
 
+def key_of(id) -> str:
+    """KEY of an ID."""
+    return str(id).rpartition("-")[0]
+
+
 def normalize_name(name) -> str:
     """A name in NFC with single spaces. Raises Refusal for what cannot be read as one."""
-    if isinstance(name, str) and not any(unicodedata.category(sign) == "Cc" for sign in name):
+    if isinstance(name, str):
         name = unicodedata.normalize("NFC", " ".join(name.split()))
-        visible = any(unicodedata.category(sign)[0] in "LNPS" for sign in name)
-        if visible and name.translate(JOINERS).isprintable() and len(name) <= 40:
+        visible = name.translate(JOINERS)
+        if visible and visible.isprintable() and len(name) <= 40:
             return name
     raise Refusal(400, "a name has 1 to 40 letters, digits or signs")
-
-
-def fold(name: str) -> str:
-    """What two ways to write a name have in common."""
-    return unicodedata.normalize("NFC", name).casefold()
 
 
 def decide(questions: list[Question]) -> tuple[list[dict], float]:
@@ -318,7 +295,7 @@ class AnnotationServer:
         self.guide, self.story, self._blind = guide, story or run, story is not None
         self.file, self.url, self.kappa = run / "labels.jsonl", None, math.nan
         self.public = parse_public_url(public_url) if public_url else None
-        self.finished, self._progress, self._answers = False, {}, 0
+        self.finished, self._progress = False, {}
         self._questions: Questions | None = None
         self._said = {}  # what the page says while it has no question
         self._server = self._thread = None
@@ -329,26 +306,34 @@ class AnnotationServer:
         questions: lines of labels.jsonl, of one epoch, whose answer is null. Those that nobody
         wants to answer any more ("Train now") are skipped. progress: epoch (a person reads
         "round") and epochs, of which this is one; None in a blind test. Sets `kappa`. Raises
-        UserError for a labels.jsonl with flaws, and where no page can be opened.
+        UserError for an invalid labels.jsonl, and where no page can be opened.
         """
-        self._progress = progress or {}
         if not questions:
             return []
-        check_images(self.run, questions)
+        self._progress = progress or {}
+        number = self._progress.get("epoch", questions[0]["epoch"])
+        name = "Blind test" if self._blind else f"Round {number}"
         asked = Questions(self.file, questions, annotators=self.annotators, seed=self.seed)
-        answered = self._wait_for_people(asked, questions) if asked.missing else asked.close()
-        rows, self.kappa = decide(answered)
+        self._questions = asked
+        self._say_what_comes()
+        if asked.missing:
+            save_lines(self.run / "questions.jsonl", questions)
+            self._open()
+            people = "1 person" if self.annotators == 1 else f"{self.annotators} people"
+            tqdm.write(f"{name}: {len(questions)} questions for {people} to answer at {self.url}")
+        rows, self.kappa = decide(asked.wait())
+        self.finished = asked.finished
+        self._say_what_comes()
         if self.annotators > 1 and not any(map(labels.has_preference, rows)):
             self.status("You agree on no question, so there is nothing to train on")
-            tqdm.write(f"{self._name_round(questions)}: people agree on no question")
+            tqdm.write(f"{name}: people agree on no question")
         return rows
 
     def status(self, text: str) -> None:
         """What the page says while it has no question, beside what the run has shown so far."""
-        self._said = {"status": text, "ended": False, "training": False, "code": None}
-        self._said |= {"report": None, **read_story(self.story)}
+        self._said = {"status": text, "ended": False, "training": False, **read_story(self.story)}
 
-    def close(self, farewell: str = FAREWELL, code: str | None = None) -> None:
+    def close(self, farewell: str = "The run has finished.", code: str | None = None) -> None:
         """Tell open pages how the run has ended, and serve no more.
 
         farewell: a line of result; further lines become a list, of which "name: value" shows the
@@ -358,27 +343,15 @@ class AnnotationServer:
         if self._server is not None:
             report = self.story / "report.html"
             self.status(farewell)
-            self._said |= {"ended": True, "code": code}
-            self._said["report"] = report.read_text("utf-8") if report.exists() else None
+            self._said |= {
+                "ended": True,
+                "code": code,
+                "report": report.read_text("utf-8") if report.exists() else None,
+            }
             time.sleep(FAREWELL_SECONDS)
             self._server.should_exit = True
             self._thread.join()
             self._server = None
-
-    def _wait_for_people(self, asked: Questions, rows: list[dict]) -> list[Question]:
-        save_lines(self.run / "questions.jsonl", rows)
-        self._answers = count_answered(self.file, before=rows[0]["epoch"])
-        self._questions = asked
-        self._say_what_comes()
-        self._open()
-        people = "1 person" if self.annotators == 1 else f"{self.annotators} people"
-        what = f"{self._name_round(rows)}: {len(rows)} questions for {people}"
-        tqdm.write(f"{what} to answer at {self.url}")
-        answered = asked.wait()
-        self.finished = asked.finished
-        self._answers = count_answered(self.file, before=rows[0]["epoch"] + 1)
-        self._say_what_comes()
-        return answered
 
     def _say_what_comes(self) -> None:
         """What the page says from the last answer on."""
@@ -389,24 +362,19 @@ class AnnotationServer:
         self.status("Counting the answers" if self._blind else words)
         self._said["training"] = not self._blind
 
-    def _name_round(self, rows: list[dict]) -> str:
-        if self._blind:
-            return "Blind test"
-        return f"Round {self._progress.get('epoch', rows[0]['epoch'])}"
-
     def _open(self) -> None:
         if self._server is not None:
             return
         listener = listen(self.port)
         port = listener.getsockname()[1]
-        token = read_token(self.run / TOKEN_FILE)
+        token = read_token(self.run / "token")
         address = self.public.url if self.public else f"http://127.0.0.1:{port}/"
         self.url = f"{address}{token}/"
         page = HTMLResponse(Path(__file__).with_name("annotate.html").read_bytes())
         routes = [
             Route("/", page, methods=["GET"]),  # and HEAD
             Route("/state", self._get_state),
-            Route("/images/{key}/{k}", self._get_image),
+            Route("/images/{key}/{k:int}", self._get_image),
             Route("/held_out/{epoch:int}/{number:int}", self._get_held_out),
             self._post("answer", "id", "name", "answer"),
             self._post("undo", "id", "name"),
@@ -435,7 +403,7 @@ class AnnotationServer:
             "missing": asked.missing,
             "last": asked.last(name),
             "seconds_left": asked.seconds_left,
-            "answers": self._answers + asked.answered,
+            "answers": count_answered(self.file),
             "named": self.annotators > 1,
             "guide": self.guide,
             "blind": self._blind,
@@ -447,8 +415,8 @@ class AnnotationServer:
 
     async def _get_image(self, request: Request):
         images = self._questions.images(request.path_params["key"])
-        files = {str(k): self.run / image for k, image in enumerate(images)}
-        return image_response(files.get(request.path_params["k"]))
+        k = request.path_params["k"]
+        return image_response(self.run / images[k] if k < len(images) else None)
 
     async def _get_held_out(self, request: Request):
         return image_response(held_out_file(self.story, **request.path_params))
@@ -463,19 +431,10 @@ class AnnotationServer:
         return Route(f"/{method}", post, methods=["POST"])
 
 
-def check_images(run: Path, questions: list[dict]) -> None:
-    """Raise ValueError where an image to show is not in the run's folder of images."""
-    folder = (run / "images").resolve()
-    for image in (image for row in questions for image in row["images"]):
-        if folder not in (run / image).resolve().parents:
-            raise ValueError(f"{image} is not in {folder}")
-
-
 class PublicUrl(NamedTuple):
     url: str  # with a slash at its end
     origin: str  # scheme, host and port as a browser sends them
-    host: str
-    port: str  # ":443", which a browser leaves out of both, or the like
+    hosts: tuple[str, str]  # without and with the port that a browser leaves out
     prefix: str  # path that a proxy takes off, or not
 
 
@@ -490,7 +449,7 @@ def parse_public_url(url: str) -> PublicUrl:
     default = {"http": ":80", "https": ":443"}[scheme]
     host = (host + port).lower().removesuffix(default)
     origin = f"{scheme}://{host}"
-    return PublicUrl(f"{origin}{path}/", origin, host, default, unquote(path))
+    return PublicUrl(f"{origin}{path}/", origin, (host, host + default), unquote(path))
 
 
 class GuardMiddleware:
@@ -507,8 +466,8 @@ class GuardMiddleware:
         host = request.headers.get("host", "").lower()
         origins = {f"http://{host}"} if LOCAL_HOST.fullmatch(host) else set()
         if public:
-            is_public = host.removesuffix(public.port) == public.host
-            origins |= {public.origin} if origins or is_public else set()
+            if origins or host in public.hosts:
+                origins |= {public.origin}
             if path.startswith(f"{public.prefix}/"):
                 path = path.removeprefix(public.prefix)
         token, slash, path = path.removeprefix("/").partition("/")
@@ -521,14 +480,17 @@ class GuardMiddleware:
         if not origins:
             refusal = 400, f"this address is not let in: start with --public-url {ADDRESS}"
         if refusal:
-            response = await error_response(request, Refusal(*refusal))
+            response = error_response(request, Refusal(*refusal))
             await response(scope, receive, send)
         else:
             await self.app({**scope, "path": f"/{path}"}, receive, send)
 
 
 def read_token(file: Path) -> str:
-    """The secret part of the page's address, made once a run. Only the user may read the file."""
+    """The secret part of the page's address, made once a run: a page outlives a restart.
+
+    Only the user may read the file.
+    """
     if not file.exists():
         replace(file, lambda part: part.write_text(secrets.token_urlsafe(16)), mode=0o600)
     return file.read_text()
@@ -539,7 +501,7 @@ def read_story(run: Path) -> dict:
 
     shown: addresses of held-out images before and now; agreement: of the last round of pairs, how
     many answers the model would have given (`right`) before it was trained on them, `of` how many;
-    seconds: of the trainings; warnings of the last epoch.
+    seconds: of the last training; warnings of the last epoch.
     """
     rows = read_lines(run / "metrics.jsonl")
     drawn = [row["epoch"] for row in rows if held_out_file(run, row["epoch"], 0).exists()]
@@ -548,21 +510,21 @@ def read_story(run: Path) -> dict:
         for epoch in ((0, drawn[-1]) if drawn else ())
     ]
     rounds = [row for row in rows if row.get("preferences") is not None]  # no pass over --labels
-    agreement = None
-    if rounds and rounds[-1].get("accuracy") is not None and rounds[-1].get("bad_share") is None:
-        share, count = rounds[-1]["accuracy"], rounds[-1]["preferences"]
-        agreement = {"round": len(rounds), "right": round(share * count), "of": count}
+    last, agreement = rounds[-1] if rounds else {}, None
+    if last.get("accuracy") is not None and last.get("bad_share") is None:
+        right, count = round(last["accuracy"] * last["preferences"]), last["preferences"]
+        agreement = {"round": len(rounds), "right": right, "of": count}
     return {
         "shown": shown,
         "agreement": agreement,
-        "seconds": [row["seconds_train"] for row in rounds],
+        "seconds": last.get("seconds_train"),
         "warnings": rows[-1].get("warnings", []) if rows else [],
     }
 
 
-def count_answered(file: Path, before: int) -> int:
-    """Questions of earlier epochs than this that have an answer and are not only skipped."""
-    rows = [row for row in read_lines(file) if row["epoch"] < before]
+def count_answered(file: Path) -> int:
+    """Questions that somebody answered, not only skipped."""
+    rows = read_lines(file)
     return len({tuple(row["images"]) for row in rows if row[labels.answer_field(row)] is not None})
 
 
@@ -572,23 +534,14 @@ def image_response(file: Path | None) -> FileResponse:
     return FileResponse(file, media_type="image/png", headers={"Cache-Control": "private"})
 
 
-async def error_response(request: Request, error: Refusal):
-    if "text/html" in request.headers.get("accept", ""):  # a person opened this
-        return PlainTextResponse(error.detail, error.status_code, error.headers)
+def error_response(request: Request, error: Refusal) -> JSONResponse:
     return JSONResponse({"error": error.detail}, error.status_code, error.headers)
 
 
 async def read_json(request: Request, *keys: str) -> dict:
-    """The object of these keys that a request holds: JSON, also by its header, and small."""
-    if request.headers.get("content-type", "").split(";")[0].strip() != "application/json":
-        raise Refusal(415, "send application/json")  # pages of other sites cannot
-    length = request.headers.get("content-length", "")
-    if not length.isdecimal() or int(length) > MAX_REQUEST_BYTES:
-        raise Refusal(413, f"send at most {MAX_REQUEST_BYTES} bytes, and say how many")
+    """The object of these keys that a request holds."""
     try:
-        sent = json.loads((await request.body()).decode())
-    except ClientDisconnect:
-        raise Refusal(400, "the request broke off") from None
+        sent = await request.json()
     except (ValueError, RecursionError):
         raise Refusal(400, "this is not JSON") from None
     if not isinstance(sent, dict) or sent.keys() != set(keys):
@@ -600,9 +553,9 @@ def append_safely(file: Path, row: dict) -> None:
     """Add a line to a file: on disk when this returns. Raises Refusal, without half a line."""
     line, end = json.dumps(row).encode() + b"\n", file.stat().st_size
     try:
-        with file.open("ab", buffering=0) as opened:
-            if opened.write(line) < len(line):
-                raise OSError(28, "the disk is full")
+        with file.open("ab") as opened:
+            opened.write(line)
+            opened.flush()
             os.fsync(opened.fileno())
     except OSError as error:
         os.truncate(file, end)

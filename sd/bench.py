@@ -271,5 +271,5 @@ def mean(rows: Iterable[dict], key: str) -> float:
 
 
 def size_change(score: float, initial: float) -> float:
-    """Relative change of the size above a blank image's; scores are kB, or minus kB."""
+    """Relative change of the JPEG size above an empty picture's; scores are kB, or minus kB."""
     return (abs(score) - BLANK_KB) / (abs(initial) - BLANK_KB) - 1

@@ -78,8 +78,8 @@ def row_of(run: dict) -> dict:
         change = size_change(tuned["score"], initial["score"])
         row["size above an empty picture's"] = f"{change:+.0%}"
     row["win rate (95 % interval)"] = f"{tuned['win_rate']:.1%} ({low:.1%} to {high:.1%})"
-    row["animals right before"] = f"{initial['animals']:.1%}"
-    return row | {"animals right": f"{tuned['animals']:.1%}", "KL": f"{tuned['kl']:.1f}"}
+    row["animals recognised before"] = f"{initial['animals']:.1%}"
+    return row | {"animals recognised": f"{tuned['animals']:.1%}", "KL": f"{tuned['kl']:.1f}"}
 
 
 def section(runs: list[dict]) -> str:

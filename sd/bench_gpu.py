@@ -153,7 +153,7 @@ def learn(device: str, precision: str) -> Lines:
     yield "score", f"{initial['eval_score']:.3f} to {last['eval_score']:.3f}"
     change = size_change(last["eval_score"], initial["eval_score"])
     yield "JPEG size above that of an empty picture", f"{change:+.0%}"
-    yield "animals right", f"{initial['watched']:.1%} to {last['watched']:.1%}"
+    yield "animals recognised", f"{initial['watched']:.1%} to {last['watched']:.1%}"
     yield "KL of the held-out images, nats", f"{last['eval_kl']:.1f}"
 
 

@@ -226,8 +226,8 @@ def quality(results: list[dict], prompts: str) -> dict:
         "score before": f"{bench.mean(before, 'score'):.3f}",
         "score": spread([row["score"] for row in after]),
         "second network's": spread([row["log_prob"] for row in after]),
-        "animals right before": f"{bench.mean(before, 'animals'):.1%}",
-        "animals right": f"{bench.mean(after, 'animals'):.1%}",
+        "animals recognised before": f"{bench.mean(before, 'animals'):.1%}",
+        "animals recognised": f"{bench.mean(after, 'animals'):.1%}",
         "worst seed": f"{min(row['animals'] for row in after):.1%}",
         "KL": spread([row["kl"] for row in after], 1),
     }
@@ -328,7 +328,7 @@ def tags_table(runs: dict[str, list[dict]]) -> str:
             row = {"method": method, "seeds": len(results), "clicks": clicks}
             row |= {"tags": TAGGED * clicks, "bad images": f"{bench.mean(judged, 'score'):.1%}"}
             row["worst seed"] = f"{max(row['score'] for row in judged):.1%}"
-            rows.append(row | {"animals right": f"{bench.mean(judged, 'animals'):.1%}"})
+            rows.append(row | {"animals recognised": f"{bench.mean(judged, 'animals'):.1%}"})
     return f"\n{bench.table(rows)}\n" if rows else "\nNot measured yet.\n"
 
 
@@ -381,7 +381,7 @@ def draw_curves(runs: list[dict], panels: tuple[str, ...], path: Path) -> None:
                     plot(axis, [scale * n for n in x], curves, method, **style)
         column[0].set(title=name, xlabel="images sampled", ylabel="score, mean ± sd of the seeds")
         column[1].set(xlabel="thousand rows through the network", ylabel="score")
-        column[2].set(xlabel="images sampled", ylabel="animals right", ylim=(0, 1.02))
+        column[2].set(xlabel="images sampled", ylabel="animals recognised", ylim=(0, 1.02))
     axes[0, -1].legend(fontsize=7)
     figure.savefig(path, dpi=110)
 

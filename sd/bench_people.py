@@ -260,7 +260,7 @@ def rows_of(taste: str, recipe: str, runs: list[dict]) -> list[dict]:
             "labels": labels,
             "seeds": len(runs),
             "win rate": f"{bench.mean(judged, 'win_rate'):.2f}",
-            "animals right": f"{bench.mean(judged, 'animals'):.1%}",
+            "animals recognised": f"{bench.mean(judged, 'animals'):.1%}",
             "worst seed": f"{min(row['animals'] for row in judged):.1%}",
             "size": f"{np.mean(sizes):+.0%}",
             "KL": f"{bench.mean(judged, 'kl'):.1f}",

@@ -49,7 +49,7 @@ def keep_images(folder: Path, epoch: int, images: list[Image.Image]) -> None:
 
 
 def compare_with_initial(evaluator: Evaluator, folder: Path, *, epoch: int, code: str) -> dict:
-    """--evaluate: tuned against initial model on noises that no training saw.
+    """--evaluate: tuned against initial model on images from new noise.
 
     By the scorers, or blind by people. RUN/evaluation.json and .png keep what came out; "stock" is
     the same at the pipeline's own settings. code: what the page for people shows at its end.

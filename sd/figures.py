@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from sd import files
-from sd.options import PEOPLE
+from sd.metrics import epoch_word
 from sd.scorers import measure_of
 
 if TYPE_CHECKING:  # a figure is drawn long after a command line is read
@@ -19,10 +19,8 @@ NUM_FIGURE_IMAGES = 8  # held-out images that a run keeps at each evaluation
 NUM_PROGRESS_ROWS = 6
 WIDTH, DPI = 6, 160  # inches, and dots an inch: at 700 pixels, a README's width, text is readable
 TILE = 128  # pixels of an image in a row
-LEGEND = {  # above the data
-    **{"loc": "lower left", "bbox_to_anchor": (-0.01, 1), "borderaxespad": 0, "frameon": False},
-    **{"ncols": 3, "fontsize": 9, "handlelength": 1.5, "columnspacing": 1.2},
-}
+ABOVE_DATA = {"loc": "lower left", "bbox_to_anchor": (-0.01, 1), "borderaxespad": 0}
+LEGEND = ABOVE_DATA | {"frameon": False, "ncols": 3, "fontsize": 9, "columnspacing": 1.2}
 
 
 def held_out_file(run: Path, epoch: int, number: int) -> Path:
@@ -36,10 +34,9 @@ def held_out_numbers(run: Path, epoch: int) -> list[int]:
 
 
 def held_out_images(run: Path, epoch: int) -> list[Image.Image]:
-    """Those of an evaluation; none where one of them cannot be read."""
-    numbers = held_out_numbers(run, epoch)
-    images = [open_image(held_out_file(run, epoch, n)) for n in numbers]
-    return [] if None in images else images
+    """Those of an evaluation that can be read."""
+    paths = [held_out_file(run, epoch, n) for n in held_out_numbers(run, epoch)]
+    return [image for path in paths if (image := open_image(path))]
 
 
 def open_image(file: Path) -> Image.Image | None:
@@ -58,17 +55,13 @@ def draw_run(run: Path) -> list[Path]:
     """
     config = files.read_json(run / "config.json")
     rows = files.read_lines(run / "metrics.jsonl")
-    numbers = held_out_numbers(run, 0)
-    kept = [row for row in rows if held_out_numbers(run, row["epoch"]) == numbers != []]
-    evaluated = [{"epoch": 0, **config["initial"]}, *kept]
+    evaluated = [row for row in rows if held_out_numbers(run, row["epoch"])]
+    evaluated = [{"epoch": 0, **config["initial"]}, *evaluated]
     curves = draw_curves(rows, evaluated, config, run / "reward_curve.png")
-    if kept[-1:] != rows[-1:]:  # the pictures show no other images than before
+    if evaluated[-1] not in rows[-1:]:  # the pictures show no other images than before
         return [curves]
-    strips = {row["epoch"]: held_out_images(run, row["epoch"]) for row in evenly_apart(evaluated)}
-    shown = [row for row in evaluated if strips.get(row["epoch"])]
-    if len(shown) < 2 or shown[0]["epoch"] != 0:
-        return [curves]
-    images = [strips[row["epoch"]] for row in shown]
+    shown = evenly_apart(evaluated)
+    images = [held_out_images(run, row["epoch"]) for row in shown]
     names = [row_name(row, config) for row in shown]
     return [curves, draw_rows(images, names, run / "progress.png")]
 
@@ -81,14 +74,10 @@ def evenly_apart(evaluated: list[dict]) -> list[dict]:
 
 def row_name(row: dict, config: dict) -> str:
     """When an evaluation was, and its score or win rate."""
-    name = f"{epoch_word(config)} {row['epoch']}" if row["epoch"] else "before"
+    name = f"{epoch_word(config['objective'])} {row['epoch']}" if row["epoch"] else "before"
     if row["eval_score"] is not None:
         return f"{name}\n{measure_of(config['objective']).show(row['eval_score'])}"
     return name
-
-
-def epoch_word(config: dict) -> str:
-    return "round" if config["objective"] in PEOPLE else "epoch"
 
 
 # Curves
@@ -111,7 +100,7 @@ def draw_curves(rows: list[dict], evaluated: list[dict], config: dict, path: Pat
         axis.set_ylabel(textwrap.fill(name, 28))
         if axis.get_legend_handles_labels()[0]:
             axis.legend(**LEGEND)
-    axis.set_xlabel(epoch_word(config))
+    axis.set_xlabel(epoch_word(config["objective"]))
     axis.xaxis.get_major_locator().set_params(integer=True)
     return save_figure(figure, path)
 
@@ -130,15 +119,12 @@ def draw_score(axis: "Axes", rows: list[dict], evaluated: list[dict], config: di
 
 
 def draw_people(axis: "Axes", rows: list[dict], evaluated: list[dict], config: dict) -> str:
-    curves = {  # key of metrics.jsonl: line, name
-        "accuracy": ("ko-", "model agreed with new answers"),
-        "bad_share": ("ks:", "images tagged bad"),
-    }
-    for key, (line, name) in curves.items():
-        values = 100 * column(rows, key)
-        known = ~np.isnan(values)
-        if known.any():
-            axis.plot(column(rows, "epoch")[known], values[known], line, markersize=4, label=name)
+    for key, line, name in (
+        ("accuracy", "ko-", "model agreed with new answers"),
+        ("bad_share", "ks:", "images tagged bad"),
+    ):
+        if values := [(row["epoch"], 100 * row[key]) for row in rows if row.get(key) is not None]:
+            axis.plot(*zip(*values, strict=True), line, markersize=4, label=name)
     axis.axhline(50, color="0.6", linewidth=1, label="agreement by chance")
     axis.set_ylim(-2, 102)
     return "share (%)"
@@ -146,14 +132,14 @@ def draw_people(axis: "Axes", rows: list[dict], evaluated: list[dict], config: d
 
 def draw_kl(axis: "Axes", rows: list[dict], evaluated: list[dict], config: dict) -> str:
     """The KL that --max-kl limits, and the limit; without a limit that of new images."""
-    axis.set_ylim(0, None)
     if config.get("max_kl"):
-        held_out = [{"eval_kl": 0.0}, *evaluated[1:]]
-        axis.plot(column(evaluated, "epoch"), column(held_out, "eval_kl"), "ko-", markersize=4)
+        kl = [0.0, *column(evaluated[1:], "eval_kl")]
+        axis.plot(column(evaluated, "epoch"), kl, "ko-", markersize=4)
         axis.axhline(config["max_kl"], color="black", linestyle=":", label="limit (--max-kl)")
         axis.set_ylim(0, 1.05 * config["max_kl"])
         return "KL of held-out images to the initial model (nats)"
     axis.plot(column(rows, "epoch"), column(rows, "kl_trained"), "k-")
+    axis.set_ylim(bottom=0)
     return "KL of new images to the initial model (nats)"
 
 
@@ -176,8 +162,7 @@ def column(rows: list[dict], key: str) -> np.ndarray:
 
 def draw_pairs(before: list[Image.Image], after: list[Image.Image], path: Path) -> Path:
     """Images of the initial above those of the tuned model, from the same prompts and noises."""
-    rows = [side[first : first + 8] for first in (0, 8) for side in (before, after)]
-    rows = [row for row in rows if row]
+    rows = [side[first : first + 8] for first in (0, 8) for side in (before, after) if side[first:]]
     return draw_rows(rows, ["before", "after"] * (len(rows) // 2), path)
 
 
@@ -186,8 +171,7 @@ def draw_rows(rows: list[list[Image.Image]], names: list[str], path: Path) -> Pa
     from matplotlib.figure import Figure
 
     height, gap = round(TILE * rows[0][0].height / rows[0][0].width), TILE // 16
-    columns = max(map(len, rows))
-    across, down = columns * (TILE + gap) - gap, len(rows) * (height + gap) - gap
+    across, down = len(rows[0]) * (TILE + gap) - gap, len(rows) * (height + gap) - gap
     mosaic = Image.new("RGB", (across, down), "white")
     for n, images in enumerate(rows):
         for k, image in enumerate(images):

@@ -1,8 +1,8 @@
 """Images of a user: where they are, and as a viewer shows them (upright, 8 bits, on white).
 
-Gray of 16 or 32 bits and floats are scaled to 0 ... 255 by the range of their mode: 16 bits have 0
-... 65535; wider ones the smallest of RANGES that holds their largest value, else that value. Of an
-animation, or a file of several pages, the first image counts that is not all of one colour.
+Gray of 16 or 32 bits and floats are scaled to 0 ... 255 by the range of their mode: the smallest of
+RANGES that holds their largest value, else that value. Of an animation, or a file of several pages,
+the first image counts that is not all of one colour; where all are, the last.
 """
 
 import functools
@@ -51,13 +51,11 @@ def opened(source: Path | bytes) -> Iterator[Image.Image]:
 
 
 def first_frame(image: Image.Image) -> Image.Image:
-    first = None
     for frame in ImageSequence.Iterator(image):
         rgb = to_rgb(ImageOps.exif_transpose(frame))
-        first = first or rgb
         if any(low < high for low, high in rgb.getextrema()):
-            return rgb
-    return first
+            break
+    return rgb
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -80,13 +78,11 @@ def scale_gray(image: Image.Image) -> Image.Image:
 
 
 class ImageStore:
-    """Where the images of a label file are, and which of them cannot be used.
-
-    root: the folder that names are relative to; cache: where bytes of images are stored, if at all.
-    """
+    """Where the images of a label file are, and which of them cannot be used."""
 
     def __init__(self, root: Path, cache: Path | None):
-        self.root, self.cache = root, cache
+        self.root = root  # the folder that names are relative to
+        self.cache = cache  # where bytes of images are stored, if at all
         self.paths: dict[str, Path] = {}
         self.usable: dict[Path, bool] = {}
         self.missing: list[Path] = []
@@ -127,7 +123,6 @@ class ImageStore:
             return image_format(image)
         except UserError as error:
             self.unreadable.append(f"{name}: {error.__cause__}")
-        return None
 
 
 def spellings(name: str) -> dict[str, None]:

@@ -1,9 +1,7 @@
 """Label files: preferences that somebody has already, as pairs of images to train on.
 
-A file is .jsonl (one JSON object a line), .json (a list of objects), .csv or .tsv (the first line
-names the columns; commas or, as Excel writes it, semicolons), in UTF-8, or .parquet (it needs
-pyarrow: pip install pyarrow). The first four may be packed as .gz. Every row has `prompt`, or else
-`caption` or `text`. It also has one of these sets of columns, in small or capital letters; any
+A file is one of sd/tables.py (.jsonl, .json, .csv, .tsv, packed as .gz or not; .parquet needs
+pyarrow). Every row has `prompt`, or else `caption` or `text`, and one of these sets of columns; any
 other column is passed over.
 
     images, h            two names; h 1: the first is better, -1: the second, 0: neither
@@ -23,10 +21,9 @@ other column is passed over.
 
 Every row is a vote: a pair that is there nine times one way and once the other way is ten votes,
 and the loss averages over votes. Only `h` and `bad` are as in sd/labels.py, so RUN/labels.jsonl is
-such a file: of several lines about the same images and prompt by the same `annotator` (it may be
-missing: one person without a name) the last counts and the others are corrected by it; the answers
-of several annotators are votes. An answer is skipped if `h`, `bad`, `rank` or `human_preference` is
-null, if `has_label` is false beside the labels (1 and 0 will do), or if an annotation of Label
+such a file: of several lines about the same images and prompt by the same `annotator` the last
+counts and the others are corrected by it. An answer is skipped if `h`, `bad`, `rank` or
+`human_preference` is null, if `has_label` is false beside the labels, or if an annotation of Label
 Studio is cancelled or without a choice. In .csv and .tsv lists are JSON text, and an empty cell is
 null. A .jsonl may end in half a line, which a kill cut short.
 
@@ -35,11 +32,10 @@ can read; NAME may have sub-folders. The prompt is in NAME.txt or NAME.caption, 
 the folder itself; where there are several they agree. Other files in w/ and l/ are counted.
 
 An image is a path, relative to the file's folder or to --images DIR (a link counts where it stands,
-not where it leads), a file:// URL, or in .parquet the bytes of an image. Names may be written with
-composed or decomposed letters (NFC, NFD), and with backslashes. An image that is missing, or cannot
-be read to its end, is left out with its pairs, and counted. Votes about one prompt that share an
-image come into one group, as long as it has at most MAX_GROUP images; more images in one row are
-dealt out by quality, so that each group has good ones and bad ones.
+not where it leads), a file:// URL, or in .parquet the bytes of an image. An image that is missing,
+or cannot be read to its end, is left out with its pairs, and counted. Votes about one prompt that
+share an image come into one group, as long as it has at most MAX_GROUP images; more images in one
+row are dealt out by quality, so that each group has good ones and bad ones.
 """
 
 import itertools
@@ -59,9 +55,7 @@ from sd.label_forms import Vote, parse_row
 
 MAX_GROUP = 8  # images trained on together
 EPOCH_GROUPS = 16  # in an epoch at most, so that a run can stop within a pass over a large file
-RECENT_GROUPS = 8  # of those that have an image: the ones that a new vote about it may join
 PROMPT_SUFFIXES = (".txt", ".caption")
-JSON_COLUMNS = {"h", "bad", "rank", "label_0", "label_1", "has_label", "human_preference"}
 Pair = tuple[Path, Path]  # winner, loser
 
 
@@ -125,9 +119,12 @@ def read_label_file(path: Path, images: Path | None = None, cache: Path | None =
     """
     path = Path(os.path.abspath(path))
     is_folder = os.path.isdir(path)
+    if not is_folder and not tables.table_suffix(path):
+        suffixes = ", ".join(tables.SUFFIXES)
+        raise UserError(f"{path}: give a file {suffixes}, or a folder with w/ and l/")
     store = ImageStore(images or (path if is_folder else path.parent), cache)
     try:
-        rows, others = folder_rows(path) if is_folder else (file_rows(path), [])
+        rows, others = folder_rows(path) if is_folder else (tables.read_rows(path, True), [])
         votes, corrections = collect_votes(rows, store)
     except ValueError as error:
         raise UserError(str(error)) from error
@@ -171,13 +168,6 @@ def usable_pairs(votes: list[tuple[str, Vote]], store: ImageStore) -> list[tuple
     return pieces
 
 
-def file_rows(path: Path) -> tables.Rows:
-    if not tables.table_suffix(path):
-        suffixes = ", ".join(tables.SUFFIXES)
-        raise ValueError(f"{path}: give a file {suffixes}, or a folder with w/ and l/")
-    return tables.read_rows(path, json_columns=JSON_COLUMNS, may_be_cut=True)
-
-
 def folder_rows(folder: Path) -> tuple[list[tuple[str, dict]], list[Path]]:
     """A row for each pair of images in w/ and l/; and the files there that belong to none."""
     images, prompts, others = defaultdict(list), defaultdict(list), []
@@ -195,13 +185,10 @@ def folder_rows(folder: Path) -> tuple[list[tuple[str, dict]], list[Path]]:
     for name, pair in images.items():
         if [file.relative_to(folder).parts[0] for file in pair] != ["w", "l"]:
             raise ValueError(f"{pair[0]}: give one image {name} in w/ and one in l/")
-        beside = [
-            folder / f"{spelling}{suffix}"
-            for spelling in spellings(name)
-            for suffix in PROMPT_SUFFIXES
-        ]
-        texts = prompts.pop(name, []) + [file for file in beside if file.is_file()]
-        texts = {tables.read_text(file).strip() for file in texts}
+        names = itertools.product(spellings(name), PROMPT_SUFFIXES)
+        beside = [folder / f"{spelling}{suffix}" for spelling, suffix in names]
+        files = prompts.pop(name, []) + [file for file in beside if file.is_file()]
+        texts = {tables.read_text(file).strip() for file in files}
         if len(texts) != 1:
             example = pair[0].with_suffix(".txt")
             raise ValueError(f"{pair[0]}: it has {len(texts)} prompts; give one, {example}")
@@ -262,31 +249,24 @@ def split_by_quality(quality: dict[Path, float]) -> list[list[Pair]]:
 def merge(votes: list[tuple[str, list[Pair]]]) -> list[Group]:
     """Groups out of prompts and pairs: those of one prompt that share an image together.
 
-    A vote may join the last RECENT_GROUPS that have one of its images, so that the time is linear
-    also where all votes share an image; best is one that has all of its images.
+    A vote joins the newest groups of its images, so that the time is linear also where all votes
+    share an image; best is a group that has all of its images.
     """
     groups: dict[int, tuple[str, dict[Path, None], list[Pair]]] = {}
-    holders = defaultdict(dict)  # numbers of the groups that have an image of a prompt
+    newest: dict[tuple[str, Path], int] = {}  # the group of an image of a prompt
     for number, (prompt, pairs) in enumerate(votes):
-        pairs = [*pairs]
         images = dict.fromkeys(itertools.chain(*pairs))
-        recent = set()
-        for image in images:
-            recent.update(itertools.islice(reversed(holders[prompt, image]), RECENT_GROUPS))
-        nearby = sorted(recent, reverse=True)
+        nearby = {newest[prompt, image] for image in images if (prompt, image) in newest}
         complete = [k for k in nearby if images.keys() <= groups[k][1].keys()]
-        for other in complete[:1] or nearby:
+        groups[number] = prompt, images, [*pairs]
+        for other in complete[:1] or sorted(nearby, reverse=True):
             _, other_images, other_pairs = groups[other]
             joined = other_images | images
             if len(joined) <= MAX_GROUP:
-                for image in images:
-                    holders[prompt, image].pop(number, None)
-                groups.pop(number, None)
-                other_pairs += pairs
-                number, images, pairs = other, joined, other_pairs
-        groups[number] = prompt, images, pairs
-        for image in images:
-            holders[prompt, image][number] = None
+                other_pairs += groups.pop(number)[2]
+                groups[other] = prompt, joined, other_pairs
+                number, images = other, joined
+        newest |= dict.fromkeys(((prompt, image) for image in images), number)
     result = []
     for _, (prompt, images, pairs) in sorted(groups.items()):
         place = {image: k for k, image in enumerate(images)}

@@ -15,6 +15,9 @@ from sd.images import image_suffixes
 from sd.labels import validate_answer
 from sd.prompts import parse_prompt
 
+# What a .csv or .tsv has as JSON text; images may be there as a list too
+JSON_COLUMNS = {"h", "bad", "rank", "label_0", "label_1", "has_label", "human_preference"}
+
 
 class Vote(NamedTuple):
     """One answer about images of one prompt."""
@@ -29,9 +32,8 @@ class Vote(NamedTuple):
         return self.quality is not None and len({*self.quality}) > 1
 
     def describe(self) -> str:
-        best, worst = (
-            self.images[self.quality.index(end)] for end in (max(self.quality), min(self.quality))
-        )
+        best = self.images[self.quality.index(max(self.quality))]
+        worst = self.images[self.quality.index(min(self.quality))]
         prompt = textwrap.shorten(self.prompt, 80, placeholder="...")
         return f"{prompt}: {best} is better than {worst}"
 
@@ -44,6 +46,7 @@ def parse_row(row: Any) -> Iterator[Vote]:
     if len(forms) != 1:
         sets = "; ".join(", ".join(form) for form in FORMS)
         raise ValueError(f"its columns are {', '.join(row):.200}; give one of these sets: {sets}")
+    row = {name: parse_json(row[name]) if name in JSON_COLUMNS else row[name] for name in row}
     return FORMS[forms[0]](row, *forms[0])
 
 
@@ -119,8 +122,8 @@ def parse_label_studio(row: dict, data: str, annotations: str) -> Iterator[Vote]
 def parse_label_studio_table(row: dict, _: str) -> Iterator[Vote]:
     """A row of the CSV or JSON-MIN export, whose columns have names of the user's."""
     values = [v.get("selected") if isinstance(v, dict) else v for v in row.values()]
-    chosen = [value for value in values if value in ("left", "right")] or [None]
-    yield choice_vote(row, chosen[0], [])
+    chosen = next((value for value in values if value in ("left", "right")), None)
+    yield choice_vote(row, chosen, [])
 
 
 def choice_vote(task: dict, chosen: str | None, sides: list[str]) -> Vote:
@@ -131,11 +134,7 @@ def choice_vote(task: dict, chosen: str | None, sides: list[str]) -> Vote:
     """
     if len(sides) != 2 or not {*sides} <= task.keys():
         suffixes = tuple(image_suffixes())
-        images = [
-            name
-            for name, value in task.items()
-            if isinstance(value, str) and value.lower().endswith(suffixes)
-        ]
+        images = [name for name, value in task.items() if str(value).lower().endswith(suffixes)]
         sides = sorted(images, key=lambda name: "right" in name.lower())
     if len(sides) != 2 or chosen not in ("left", "right", None):
         raise ValueError(f"{chosen!r:.60} was chosen of the images {sides!r:.200}; give two")
@@ -159,10 +158,18 @@ FORMS = {
 }
 
 
+def parse_json(value: Any) -> Any:
+    """What JSON text in a cell says; any other value as it is."""
+    try:
+        is_text = isinstance(value, str)
+        return tables.parse_json(value.encode()) if is_text else value
+    except ValueError:
+        return {"true": True, "false": False}.get(value.strip().lower(), value)
+
+
 def parse_images(names: Any) -> list[str | bytes]:
     """The images of one comparison. Raises ValueError."""
-    if isinstance(names, str):
-        names = tables.parse_cell(names, True)
+    names = parse_json(names)
     if not isinstance(names, list) or not names:
         raise ValueError(f"'images' is {names!r:.60}; give names of files as a JSON list")
     return [parse_image(name) for name in names]

@@ -28,9 +28,6 @@ lines as above whose answer is null. Any tool may add such lines, with answers, 
 while no run is at work; --resume RUN then trains without opening a page. A line that cannot be
 understood stops the run with its number, before anything is trained. Passed over are lines of
 earlier epochs, and a last line without its end, which a kill cut short.
-
-Several people. Each question waits for as many answers as there are annotators; `majority` decides,
-and `fleiss_kappa` says how far they agree.
 """
 
 import math
@@ -61,8 +58,7 @@ def pareto_preference(scores_a: Tensor, scores_b: Tensor) -> Tensor:
     scores_a, scores_b (S, N): S scores of the first and of the second image of N pairs. Returns
     h (N,): +1, -1, or 0 where neither is better. For S = 1 this is `d3po.preference`.
     """
-    each = [d3po.preference(a, b) for a, b in zip(scores_a, scores_b, strict=True)]
-    h = torch.stack(each)  # (S, N)
+    h = d3po.preference(scores_a, scores_b)  # (S, N)
     first = (h >= 0).all(0) & (h > 0).any(0)
     second = (h <= 0).all(0) & (h < 0).any(0)
     return first.long() - second.long()
@@ -76,13 +72,10 @@ def pairs_from_labels(labels: list[Label]) -> Tensor:
     """
     pairs = [torch.empty(0, 2, dtype=torch.long)]
     for label in labels:
-        if label.answer is None:
-            continue
-        if label.field == "bad":
-            inside = d3po.pairs_from_tags(torch.tensor([label.answer]))
-        else:
-            inside = d3po.pairs_from_feedback(torch.tensor([label.answer]))
-        pairs.append(torch.tensor(label.chains)[inside])
+        if label.answer is not None:
+            is_tags = label.field == "bad"
+            pairs_from = d3po.pairs_from_tags if is_tags else d3po.pairs_from_feedback
+            pairs.append(torch.tensor(label.chains)[pairs_from(torch.tensor([label.answer]))])
     return torch.cat(pairs)
 
 
@@ -157,7 +150,7 @@ def read_labels(file: Path, questions: list[dict]) -> dict[tuple, dict]:
 
     questions: lines of the file whose answer is null. Returns, for the images of each question as a
     tuple, {annotator, or None without a name: h, or bad, or None where skipped}. Raises UserError,
-    with file and line number, for a line that cannot be understood.
+    with file and line.
     """
     by_images = {frozenset(question["images"]): question for question in questions}
     answers = {tuple(question["images"]): {} for question in questions}
@@ -195,15 +188,12 @@ def parse_line(line: bytes) -> dict:
 
 def find_question(row: dict, by_images: dict[frozenset, dict]) -> dict:
     """The question that a line answers. Raises ValueError where there is none."""
-    images, question = row["images"], None
-    if all(isinstance(image, str) for image in images):
-        question = by_images.get(frozenset(images))
-    asked = question is not None and len(images) == len(question["images"])
-    if not asked or row["epoch"] != question["epoch"]:
+    images = row["images"]
+    question = by_images.get(frozenset(map(str, images)))
+    if not question or len(images) != len(question["images"]) or row["epoch"] != question["epoch"]:
         raise ValueError(f"epoch {row['epoch']} asks nothing about the images {images!r:.200}")
     if row["prompt"] != question["prompt"]:
-        expected = f"these images are of {question['prompt']!r}"
-        raise ValueError(f"the prompt is {row['prompt']!r:.60}, but {expected}")
+        raise ValueError(f"the prompt is {row['prompt']!r:.60}, not {question['prompt']!r}")
     return question
 
 

@@ -22,7 +22,8 @@ def step_losses(
 ) -> Iterator[Tensor]:
     """A loss for each of the steps, in their order.
 
-    ref_log_prob (T, B): log-probs of the reference, nats. generator: of the noises that some draw.
+    ref_log_prob (T, B): log-probs of the reference, nats.
+    generator: of the noise that some losses draw.
     """
     chains = model.policy, model.schedule, batch.trajectory
     pairs, scores, beta = batch.pairs, batch.scores, args.beta

@@ -58,21 +58,26 @@ def log_ratios(log_ratio: Tensor, pairs: Tensor, trained_steps: int) -> LogRatio
     return LogRatios(winners, losers, trained, chains)
 
 
+def pooled(batches: list[LogRatios], name: str) -> list[float]:
+    return [ratio for batch in batches for ratio in getattr(batch, name)]
+
+
+def mean(values: list) -> float | None:
+    return fmean(values) if values else None
+
+
 def preference_metrics(batches: list[LogRatios], beta: float) -> dict:
     """Does a model prefer the winners, and do they gain probability, or do only losers lose it?
 
     Returns means over the pairs of all batches; None without a pair.
     """
-    winners = [ratio for batch in batches for ratio in batch.winners]
-    losers = [ratio for batch in batches for ratio in batch.losers]
-    if not winners:
-        return dict.fromkeys(("accuracy", "margin", "log_ratio_winners", "log_ratio_losers"))
+    winners, losers = pooled(batches, "winners"), pooled(batches, "losers")
     right = [winner > loser for winner, loser in zip(winners, losers, strict=True)]
     return {
-        "accuracy": fmean(right),
-        "margin": beta * (fmean(winners) - fmean(losers)),
-        "log_ratio_winners": fmean(winners),
-        "log_ratio_losers": fmean(losers),
+        "accuracy": mean(right),
+        "margin": beta * (fmean(winners) - fmean(losers)) if winners else None,
+        "log_ratio_winners": mean(winners),
+        "log_ratio_losers": mean(losers),
     }
 
 
@@ -81,12 +86,7 @@ def kl(batches: list[LogRatios]) -> dict:
 
     batches: of a policy's own chains; none, and there is no estimate.
     """
-    chains = [ratio for batch in batches for ratio in batch.chains]
-    trained = [ratio for batch in batches for ratio in batch.trained]
-    return {
-        "kl": fmean(chains) if chains else None,
-        "kl_trained": fmean(trained) if trained else None,
-    }
+    return {"kl": mean(pooled(batches, "chains")), "kl_trained": mean(pooled(batches, "trained"))}
 
 
 def mean_score(rows: list[dict]) -> dict:
@@ -120,8 +120,8 @@ def mean_and_error(scores: Tensor) -> tuple[float, float] | tuple[None, None]:
 def label_counts(rows: list[dict]) -> dict:
     """How many labels of an epoch say which image is better, how many images have no score.
 
-    And the share of images that were tagged bad, None without tags. rows: lines of labels.jsonl;
-    None for all where there are none, as in a pass over --labels.
+    And the share of images that were tagged bad. rows: lines of labels.jsonl, none in a pass over
+    --labels; None for what they do not tell.
     """
     if not rows:
         return {"preferences": None, "unscored": None, "bad_share": None}
@@ -129,7 +129,7 @@ def label_counts(rows: list[dict]) -> dict:
     return {
         "preferences": sum(map(has_preference, rows)),
         "unscored": sum(None in scores for scores in scores_by_image(rows)),
-        "bad_share": fmean(tags) if tags else None,
+        "bad_share": mean(tags),
     }
 
 
@@ -164,8 +164,7 @@ def wilson(share: float, n: int) -> list[float]:
 def win_rate_vs_reference(tuned: EvalResult, initial: EvalResult) -> dict:
     """Tuned against initial model, image by image: their win rate, and each one's means.
 
-    The win rate is that of the images to which all scorers gave a score. Where people judge there
-    is only the watched score.
+    The win rate, which people's answers alone do not give, is of images with all scores.
     """
     result = {}
     if len(tuned.scores):
@@ -182,19 +181,17 @@ def win_rate_vs_reference(tuned: EvalResult, initial: EvalResult) -> dict:
 
 def eval_row(now: EvalResult | None, initial: EvalResult) -> dict:
     """What metrics.jsonl says of held-out images; None where they were not evaluated or scored."""
-    if now is None:
-        keys = ("eval_score", "eval_win_rate", "eval_pairs", "watched", "eval_kl")
-        return dict.fromkeys(keys)
-    result = win_rate_vs_reference(now, initial)
-    win = {"eval_win_rate": result.get("win_rate"), "eval_pairs": result.get("pairs")}
-    return {**now.as_row(), **win, "eval_kl": now.kl}
+    result = win_rate_vs_reference(now, initial) if now else {}
+    return {
+        **(now.as_row() if now else {"eval_score": None, "watched": None}),
+        "eval_win_rate": result.get("win_rate"),
+        "eval_pairs": result.get("pairs"),
+        "eval_kl": now.kl if now else None,
+    }
 
 
 def peak_memory_mb(device: torch.device) -> float | None:
-    """The most that tensors took on a CUDA GPU so far, or the process in main memory, MB.
-
-    None where the system does not say.
-    """
+    """The most that tensors took on a CUDA GPU so far, or the process in main memory, MB."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e6
     try:
@@ -218,21 +215,21 @@ def format_metrics(
 
     initial: the initial model's scores; objective, watch, max_kl: as in config.json.
     """
-    sentences = [f"{'Round' if objective in PEOPLE else 'Epoch'} {row['epoch']} of {last_epoch}"]
+    measure, share = measure_of(objective), row["eval_win_rate"]
+    sentences = [f"{epoch_word(objective)} {row['epoch']} of {last_epoch}"]
     if row["score"] is not None:
-        sentences.append(f"New images: {measure_of(objective).say(row['score'])}")
+        sentences.append(f"New images: {measure.say(row['score'])}")
     if row["eval_score"] is not None:
-        held_out = measure_of(objective).say(row["eval_score"], initial["eval_score"])
-        share = row["eval_win_rate"]
         preferred = "" if share is None else f", {percent(share)} preferred"
+        held_out = measure.say(row["eval_score"], initial["eval_score"])
         sentences.append(f"Held-out images: {held_out}{preferred}")
     if row["watched"] is not None:
         sentences.append(measure_of(watch).say(row["watched"], initial["watched"]))
     if row["accuracy"] is not None:
         sentences.append(f"Agreed with {percent(row['accuracy'])} of the labels before training")
-    sentences.append(describe_kl(row, max_kl))
-    seconds = f"{row['seconds_sample']:.0f} s of sampling, {row['seconds_train']:.0f} s of training"
-    sentences.append(seconds)
+    sentences += [describe_kl(row, max_kl)]
+    sampling, training = row["seconds_sample"], row["seconds_train"]
+    sentences.append(f"{sampling:.0f} s of sampling, {training:.0f} s of training")
     if row["unscored"]:
         sentences.append(f"{row['unscored']} images have no score and are in no label")
     if row["skipped"]:
@@ -243,12 +240,16 @@ def format_metrics(
 
 def describe_kl(row: dict, max_kl: float | None) -> str | None:
     """The KL that --max-kl limits; without a limit that of new images. None where there is none."""
-    if max_kl and row["eval_kl"] is not None:
-        return f"The KL to the initial model is {row['eval_kl']:.1f} of at most {max_kl:g} nats"
-    if not max_kl and row["kl_trained"] is not None:
-        kl = row["kl_trained"]
-        return f"The KL to the initial model is {kl:.1f} nats, of new images in the steps trained"
-    return None
+    kl = row["eval_kl"] if max_kl else row["kl_trained"]
+    if kl is None:
+        return None
+    place = f"of at most {max_kl:g} nats" if max_kl else "nats, of new images in the steps trained"
+    return f"The KL to the initial model is {kl:.1f} {place}"
+
+
+def epoch_word(objective: str | None) -> str:
+    """How an epoch is called to who reads of it."""
+    return "round" if objective in PEOPLE else "epoch"
 
 
 def as_sentence(words: str) -> str:
@@ -264,31 +265,29 @@ def warnings(row: dict, initial: dict, earlier: list[dict]) -> list[str]:
 
     initial: the initial model's scores; earlier: the rows before.
     """
-    sentences = []
-    if row["preferences"] == 0:
-        sentences.append(
-            "no label says which image is better: all are ties, skips or without a score"
-        )
-    if (row["log_ratio_winners"] or 0) < 0:
-        sentences.append(
-            "the preferred images become less likely too: try a larger --beta or a smaller --lr"
-        )
     kl = row["kl_trained"] if row["eval_kl"] is None else row["eval_kl"]
-    if (kl or 0) > KL_LIMIT:
-        sentences.append(
-            f"the KL to the initial model is above {KL_LIMIT} nats: look at progress.png, images "
-            "may be broken"
-        )
+    watched, before = row["watched"], initial["watched"]
     recent = [*earlier, row][-MANY_EPOCHS:]
     accuracies = [r["accuracy"] for r in recent if r["accuracy"] is not None]
     wins = any((r["eval_win_rate"] or 0) > GOOD_WIN_RATE for r in recent)
     at_chance = len(accuracies) == MANY_EPOCHS and fmean(accuracies) <= 0.5 and not wins
+    sentences = []
+    if row["preferences"] == 0:
+        sentences.append("no label says which image is better: all are ties, skips or unscored")
+    if (row["log_ratio_winners"] or 0) < 0:
+        sentences.append(
+            "the preferred images become less likely too: try a larger --beta or a smaller --lr"
+        )
+    if (kl or 0) > KL_LIMIT:
+        sentences.append(
+            f"the KL to the initial model is above {KL_LIMIT} nats: images may be broken, look at "
+            "progress.png"
+        )
     if at_chance and row["labels"] >= MANY_LABELS:
         sentences.append(
             f"after {row['labels']} labels the model agrees with new ones no better than chance: "
             "try a larger --lr, or clearer labels"
         )
-    watched, before = row["watched"], initial["watched"]
     if None not in (watched, before) and watched < before - WATCHED_FALL * abs(before):
         sentences.append(
             f"what --watch measures fell from {before:.3g} to {watched:.3g}: the model loses "

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from sd import UserError, files
+from sd.prompts import PROMPTS, load_prompts
 
 SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 EMOJI = files.ROOT / "toy" / "emoji_sd"
@@ -25,6 +26,7 @@ AESTHETIC_HEAD = (
     "sac+logos+ava1-l14-linearMSE.pth"
 )
 PRECISIONS = ["fp16", "bf16", "fp32"]
+SCORERS = ("compressibility", "incompressibility", "aesthetic", "alignment")
 PEOPLE = ("human", "tags")  # objectives for which people answer on a page
 OF_PAIRS = ["chain", "eq14", "eq12"]  # the losses of d3po.py
 SCORED = ["reward-weighted", "ddpo", "dpok"]  # losses that see scores, not preferences
@@ -189,7 +191,12 @@ class Sampling:
     )
     height: int | None = setting(None, "of images, pixels; by default the model's", "N")
     width: int | None = setting(None, "of images, pixels; by default the model's", "N")
-    eta: float = setting(1.0, "DDIM's noise scale, 0 < eta <= 1", "ETA")
+    eta: float = setting(
+        1.0,
+        "DDIM's noise scale, 0 < eta <= 1; at 1 the images follow the law tilted by the score, "
+        "with less x_T decides a part of them",
+        "ETA",
+    )
     guidance_scale: float = setting(
         5.0, "classifier-free guidance; 1 or less: none", "X", zero=True
     )
@@ -438,11 +445,33 @@ def absolute(name: str, value: Any) -> Any:
     if not isinstance(value, str):
         return value
     if name in ("objective", "watch"):
-        file, colon, function = value.rpartition(":")
-        return f"{os.path.abspath(file)}:{function}" if os.path.isfile(file) else value
+        scorers = [part.rpartition(":") for part in split_objective(value)]
+        return ",".join(
+            f"{os.path.abspath(file)}:{function}"
+            if os.path.isfile(file)
+            else file + colon + function
+            for file, colon, function in scorers
+        )
     paths = ("model", "init_lora", "labels", "images", "prompts", "eval_prompts", "clip_model")
     is_path = name in (*paths, "aesthetic_head") and os.path.exists(value)
     return os.path.abspath(value) if is_path else value
+
+
+def absolute_scorer(scorer: str) -> str:
+    file, _, function = scorer.rpartition(":")
+    return f"{os.path.abspath(file)}:{function}" if os.path.isfile(file) else scorer
+
+
+def split_objective(objective: str) -> list[str]:
+    """The names between the commas. A path may have commas too: it ends with .py:FUNCTION."""
+    names, parts = [], []
+    for part in objective.split(","):
+        parts.append(part)
+        name = ",".join(parts).strip()
+        if name in SCORERS or ".py:" in name:
+            names.append(name)
+            parts = []
+    return names + parts
 
 
 def presets(typed: dict) -> dict:
@@ -459,7 +488,7 @@ def presets(typed: dict) -> dict:
     settings = {"model": model, **PRESETS.get(kind, {})}
     if is_emoji := isinstance(model, str) and os.path.exists(model) and EMOJI.samefile(model):
         settings |= EMOJI_PRESETS
-        if typed.get("prompts", "animals") == "animals":  # its classifier knows no other
+        if are_animals(typed.get("prompts")) and are_animals(typed.get("eval_prompts")):
             settings["watch"] = f"{EMOJI / 'classifier.py'}:recognised"
     objective, labels = typed.get("objective"), typed.get("labels")
     if objective or is_emoji:
@@ -469,6 +498,15 @@ def presets(typed: dict) -> dict:
     settings |= SOURCE_PRESETS[objective] if objective in PEOPLE else {}
     settings |= {"epochs": LABEL_PASSES} if labels and not objective else {}
     return settings | RECIPES.get(typed.get("recipe"), {})
+
+
+def are_animals(prompts: str | list | None) -> bool:
+    """Whether the emoji model's classifier knows all prompts; None: those that are the default."""
+    try:
+        names = load_prompts(prompts) if isinstance(prompts, str) else prompts or []
+    except ValueError:  # said when they are loaded
+        return False
+    return set(names) <= {*PROMPTS["animals"]}
 
 
 def saved_settings(folder: Path, typed: dict) -> dict:

@@ -7,7 +7,7 @@ from argparse import Namespace
 from pathlib import Path
 
 from sd import files
-from sd.metrics import as_sentence, describe_kl, percent, wilson
+from sd.metrics import as_sentence, describe_kl, epoch_word, percent, wilson
 from sd.options import PEOPLE
 from sd.scorers import measure_of, split_objective
 
@@ -44,14 +44,17 @@ def result_sentences(folder: Path) -> list[str]:
     settings, rows = settings_of(folder), files.read_lines(folder / "metrics.jsonl")
     if not rows:
         return ["No epoch is done, so nothing is learned yet."]
-    sentences = [describe_training(settings, rows[-1])]
+    last = rows[-1]
+    preferences = f"{last['labels']:,} preferences {source(settings)}"
+    epochs = f"{last['epoch']} {epoch_word(settings.objective)}s"
+    sentences = [f"Trained on {preferences} in {epochs} of D3PO."]
     evaluation = folder / "evaluation.json"
     result = files.read_json(evaluation) if evaluation.exists() else {}
-    if result and result.get("epoch", rows[-1]["epoch"]) == rows[-1]["epoch"]:
+    if result.get("epoch") == last["epoch"]:
         sentences += evaluation_sentences(result, result["objective"], settings.watch)
     else:
         sentences += held_out_sentences(settings, rows)
-    accuracy = rows[-1]["accuracy"]
+    accuracy = last["accuracy"]
     if settings.objective in PEOPLE and accuracy is not None:
         sentences.append(
             f"Before it was trained on the last round's answers it agreed with {percent(accuracy)} "
@@ -61,48 +64,35 @@ def result_sentences(folder: Path) -> list[str]:
     return sentences + [as_sentence(words) for words in kl[-1:]]
 
 
-def describe_training(settings: Namespace, last: dict) -> str:
-    """last: the last row of metrics.jsonl."""
-    time = "rounds" if settings.objective in PEOPLE else "epochs"
-    preferences = f"{last['labels']:,} preferences {source(settings)}"
-    return f"Trained on {preferences} in {last['epoch']} {time} of D3PO."
-
-
 def source(settings: Namespace) -> str:
     """Where the labels come from."""
-    sources = [f"by {in_words(settings.objective)}"] if settings.objective else []
+    people = {"human": "people", "tags": "tags of people"}
+    scorers = split_objective(settings.objective) if settings.objective else []
+    names = [name.rpartition(".py:")[2].replace("_", " ") for name in scorers]
+    sources = [f"by {' and '.join(people.get(name, name) for name in names)}"] if names else []
     sources += [f"from {Path(settings.labels).name}"] if settings.labels else []
     return " and ".join(sources)
 
 
-def in_words(objective: str) -> str:
-    words = {"human": "people", "tags": "tags of people"}
-    names = [name.rpartition(".py:")[2].replace("_", " ") for name in split_objective(objective)]
-    return " and ".join(words.get(name, name) for name in names)
-
-
 def held_out_sentences(settings: Namespace, rows: list[dict]) -> list[str]:
     """The last held-out images that metrics.jsonl has a number of, as `comparison_sentences`."""
-    keys, sentences, result = ("eval_score", "watched"), [], {}
-    measured = [row for row in rows if any(row[key] is not None for key in keys)]
+    keys = {"score": "eval_score", "watched": "watched"}
+    measured = [row for row in rows if any(row[key] is not None for key in keys.values())]
+    result = {}
     if measured:
-        last = measured[-1]
-        for name, side in (("initial", settings.initial), ("tuned", last)):
-            result[name] = {"score": side["eval_score"], "watched": side["watched"]}
-        if pairs := last.get("eval_pairs"):
-            share = last["eval_win_rate"]
+        for name, side in (("initial", settings.initial), ("tuned", measured[-1])):
+            result[name] = {key: side[stored] for key, stored in keys.items()}
+        pairs, share = measured[-1]["eval_pairs"], measured[-1]["eval_win_rate"]
+        if pairs:
             result |= {"pairs": pairs, "win_rate": share, "win_rate_interval": wilson(share, pairs)}
-        sentences = comparison_sentences(result, settings.objective, settings.watch)
+    sentences = comparison_sentences(result, settings.objective, settings.watch)
     if "win_rate" not in result:
         sentences.append("Whether its images are better is not measured yet: --evaluate does it.")
     return sentences
 
 
 def evaluation_sentences(result: dict, objective: str, watch: str | None = None) -> list[str]:
-    """evaluation.json in words.
-
-    watch: the scorer of --watch, as in config.json.
-    """
+    """evaluation.json in words; watch: the scorer of --watch, as in config.json."""
     sentences = comparison_sentences(result, objective, watch)
     if result.get("annotators", 1) > 1:
         share = percent(result["more_than_half_of_votes"])
@@ -137,10 +127,6 @@ def comparison_sentences(result: dict, objective: str | None, watch: str | None)
 # Card and page
 
 
-def lora_path(folder: Path) -> str:
-    return os.path.abspath(folder / "lora")
-
-
 def usage(
     folder: Path, prompt: str, *, pipeline: str, loading: dict, scheduler: dict | None
 ) -> str:
@@ -149,37 +135,36 @@ def usage(
     pipeline: its class in diffusers; loading: what it needs beside its name; scheduler: what DDIM
     needs beside the settings of the stock scheduler; None for a rectified flow, which has no eta.
     """
-    flow = scheduler is None
-    args = settings_of(folder)
+    args, classes, lines = settings_of(folder), [pipeline], []
     load = "from_single_file" if args.model.endswith(".safetensors") else "from_pretrained"
     dtype = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}[args.precision]
     call = {"num_inference_steps": args.num_steps, "guidance_scale": args.guidance_scale}
-    call |= {} if flow else {"eta": args.eta}
+    if scheduler is not None:  # a scheduler's default for the last step is another
+        classes, call = ["DDIMScheduler", pipeline], {**call, "eta": args.eta}
+        options = keywords(scheduler)
+        lines += [f"pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config{options})"]
     call |= {name: value for name in ("height", "width") if (value := getattr(args, name))}
-    settings = ", ".join(f"{name}={value!r}" for name, value in call.items())
-    options = "".join(f", {name}={value!r}" for name, value in loading.items())
-    lines = [
-        "import torch",
-        f"from diffusers import {'' if flow else 'DDIMScheduler, '}{pipeline}",
-        "",
-        f"pipe = {pipeline}.{load}({args.model!r}, dtype=torch.{dtype}{options})",
-        'pipe.to("cuda" if torch.cuda.is_available() else "cpu")',
-    ]
-    if not flow:  # a scheduler's default for the last step is another
-        lines += [
-            f"options = {scheduler!r}",
-            "pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, **options)",
-        ]
     if args.init_lora:
         lines += [f"pipe.load_lora_weights({args.init_lora!r})", "pipe.fuse_lora()"]
         lines += ["pipe.unload_lora_weights()"]
-    lines += [
-        "# That it finds no keys of the text encoder is as it should be",
-        f"pipe.load_lora_weights({lora_path(folder)!r})",
-        f"image = pipe({prompt!r}, {settings}).images[0]",
-        'image.save("image.png")',
-    ]
-    return "\n".join(lines)
+    return "\n".join(
+        [
+            "import torch",
+            f"from diffusers import {', '.join(classes)}",
+            "",
+            f"pipe = {pipeline}.{load}({args.model!r}, dtype=torch.{dtype}{keywords(loading)})",
+            'pipe.to("cuda" if torch.cuda.is_available() else "cpu")',
+            *lines,
+            "# That it finds no keys of the text encoder is as it should be",
+            f"pipe.load_lora_weights({os.path.abspath(folder / 'lora')!r})",
+            f"image = pipe({prompt!r}{keywords(call)}).images[0]",
+            'image.save("image.png")',
+        ]
+    )
+
+
+def keywords(options: dict) -> str:
+    return "".join(f", {name}={value!r}" for name, value in options.items())
 
 
 def write(folder: Path, epoch: int, code: str) -> None:
@@ -195,7 +180,7 @@ def write(folder: Path, epoch: int, code: str) -> None:
 
 def card(folder: Path, title: str, *, epoch: int, code: str) -> str:
     """Its code finds the LoRA in the card's folder, wherever that is."""
-    local = code.replace(repr(lora_path(folder)), "'lora'")
+    local = code.replace(repr(os.path.abspath(folder / "lora")), "'lora'")
     parts = [f"# {title}", "\n".join(result_sentences(folder))]
     parts += [f"![{FIGURES[name]}]({name})\n\n*{FIGURES[name]}*" for name in pictures(folder)]
     parts += [f"A LoRA. In the folder of this file, run\n\n```python\n{local}\n```", SETTINGS]
@@ -230,10 +215,9 @@ def collect_warnings(folder: Path) -> list[str]:
     for row in files.read_lines(folder / "metrics.jsonl"):
         for warning in row.get("warnings", []):
             epochs.setdefault(warning, []).append(str(row["epoch"]))
-    stopped = getattr(settings, "stopped", None)
-    time = "round" if settings.objective in PEOPLE else "epoch"
+    time = epoch_word(settings.objective)
     warnings = [f"{warning} ({time} {', '.join(at)})" for warning, at in epochs.items()]
-    return [stopped, *warnings] if stopped else warnings
+    return [settings.stopped, *warnings] if settings.stopped else warnings
 
 
 def ending(folder: Path, epochs: int, objective: str | None) -> str:

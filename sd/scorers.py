@@ -15,13 +15,9 @@ from PIL import Image
 from torch import nn
 
 from sd import UserError
-from sd.options import AESTHETIC_HEAD, CLIP
+from sd.options import AESTHETIC_HEAD, CLIP, SCORERS, split_objective
 
-Scorer = Callable[
-    [list[Image.Image], list[str]], Sequence[float]
-]  # images, prompts -> a number each
-
-NAMES = ("compressibility", "incompressibility", "aesthetic", "alignment")
+Scorer = Callable[[list[Image.Image], list[str]], Sequence[float]]  # images, prompts -> numbers
 
 
 def load_scorers(
@@ -34,61 +30,43 @@ def load_scorers(
 ) -> list[Scorer]:
     """The scorers of an objective.
 
-    objective: one of NAMES, FILE.py:FUNCTION, or several with commas between; or a function
+    objective: one of SCORERS, FILE.py:FUNCTION, or several with commas between; or a function
     (images, prompts) -> numbers; or a list of such.
     prompts: those of the run; a function of one's own is tried on two of them.
     clip, head: hub id or folder of the CLIP model; file or URL of the aesthetic predictor.
     Raises UserError for what is unknown, cannot be loaded, or fails when it is tried.
     """
+    parts = [objective] if callable(objective) else objective
+    parts = split_objective(parts) if isinstance(parts, str) else parts
     scorers = []
-    for part in parts_of(objective):
+    for part in parts:
         if callable(part):
-            scorers.append(checked(part, objective_name(part), prompts))
-        elif part == "compressibility":
-            scorers.append(compressibility)
-        elif part == "incompressibility":
-            scorers.append(incompressibility)
+            name = getattr(part, "__name__", type(part).__name__)
+            scorers.append(checked(part, name, prompts))
         elif part == "aesthetic":
             scorers.append(aesthetic(clip, head, device))
         elif part == "alignment":
             scorers.append(alignment(clip, device))
+        elif part in JPEG_SIZES:
+            scorers.append(JPEG_SIZES[part])
         elif ".py:" in part:
             scorers.append(checked(load_function(*part.rsplit(":", 1)), part, prompts))
         else:
-            names = ", ".join([*NAMES, "human", "tags"])
+            names = ", ".join([*SCORERS, "human", "tags"])
             message = f"objective '{part}' is unknown: choose one of {names}"
             raise UserError(f"{message}, or give FILE.py:FUNCTION")
     return scorers
 
 
-def parts_of(objective: str | Callable | Sequence) -> list[str | Callable]:
-    if isinstance(objective, str):
-        return split_objective(objective)
-    return [objective] if callable(objective) else list(objective)
+def score_images(
+    scorers: list[Scorer], images: list[Image.Image], prompts: list[str]
+) -> torch.Tensor:
+    """(S, N), float64: scores as the S scorers gave them; NaN where they gave none."""
+    rows = [torch.tensor(score(images, prompts), dtype=torch.float64) for score in scorers]
+    return torch.stack(rows) if rows else torch.empty(0, len(images))
 
 
-def split_objective(objective: str) -> list[str]:
-    """The names between the commas. A path may have commas too: it ends with .py:FUNCTION.
-
-    So a path that begins with the name of a scorer and a comma needs ./ before it.
-    """
-    names, parts = [], []
-    for part in objective.split(","):
-        parts.append(part)
-        name = ",".join(parts).strip()
-        if name in NAMES or ".py:" in name:
-            names.append(name)
-            parts = []
-    return names + parts
-
-
-def objective_name(objective: str | Callable | Sequence) -> str:
-    """An objective as config.json and messages have it: functions by their names."""
-    names = [
-        getattr(part, "__name__", type(part).__name__) if callable(part) else part
-        for part in parts_of(objective)
-    ]
-    return ",".join(names)
+# What the scores mean to people
 
 
 class Measure(NamedTuple):
@@ -123,14 +101,17 @@ ANIMALS = Measure(
 )
 
 
-def measure_of(objective: str) -> Measure:
+def measure_of(objective: str | None) -> Measure:
     """How people read the first scorer of an objective; one's own by its function's name."""
-    first = split_objective(objective)[0]
+    first = split_objective(objective or "score")[0]
     file, _, function = first.rpartition(".py:")
     if Path(file).parts[-2:] == ("emoji_sd", "classifier") and function.startswith("recognised"):
         return ANIMALS
     words = function.replace("_", " ")
     return MEASURES.get(first, Measure(words, f"{words} {{}}"))
+
+
+# The paper's objectives
 
 
 def jpeg_kb(image: Image.Image) -> float:
@@ -146,6 +127,72 @@ def compressibility(images: list[Image.Image], prompts: list[str]) -> list[float
 
 def incompressibility(images: list[Image.Image], prompts: list[str]) -> list[float]:
     return [jpeg_kb(image) for image in images]
+
+
+JPEG_SIZES = {"compressibility": compressibility, "incompressibility": incompressibility}
+
+
+def load_clip(name: str, device: torch.device | str) -> tuple:
+    """A CLIP model and its processor, from the hub or a folder."""
+    from transformers import CLIPModel, CLIPProcessor  # slow, and it warns of what is not installed
+
+    try:
+        model = CLIPModel.from_pretrained(name)
+        processor = CLIPProcessor.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        reason = str(error).partition("\n")[0]
+        message = f"CLIP '{name}' cannot be loaded: it needs network access, or a folder ({reason})"
+        raise UserError(message) from error
+    return model.to(device).eval().requires_grad_(False), processor
+
+
+def alignment(clip: str, device: torch.device | str) -> Scorer:
+    """Cosine of CLIP's embeddings of image and prompt, times 100: the CLIP score of Table 1."""
+    model, processor = load_clip(clip, device)
+
+    def score(images: list[Image.Image], prompts: list[str]) -> list[float]:
+        inputs = processor(
+            text=prompts, images=images, return_tensors="pt", padding=True, truncation=True
+        )
+        out = model(**inputs.to(device))
+        return (100 * torch.cosine_similarity(out.image_embeds, out.text_embeds)).tolist()
+
+    return score
+
+
+def aesthetic(clip: str, head: str, device: torch.device | str) -> Scorer:
+    """LAION's aesthetic predictor: linear layers on CLIP's normalised image embedding."""
+    model, processor = load_clip(clip, device)
+    layers = load_head(head, model.config.projection_dim).to(device)
+
+    def score(images: list[Image.Image], prompts: list[str]) -> list[float]:
+        inputs = processor(images=images, return_tensors="pt").to(device)
+        embeds = model.visual_projection(model.vision_model(**inputs).pooler_output)
+        return layers(nn.functional.normalize(embeds)).squeeze(1).tolist()
+
+    return score
+
+
+def load_head(file: str, width: int) -> nn.Sequential:
+    """The linear layers of a state dict, in its order: LAION's heads have only dropout between."""
+    layers = nn.Sequential()
+    try:
+        load = torch.hub.load_state_dict_from_url if "://" in file else torch.load
+        weights = load(file, map_location="cpu", weights_only=True)
+        for name in [key.removesuffix("weight") for key in weights if key.endswith("weight")]:
+            state = {key: weights[name + key] for key in ("weight", "bias")}
+            layer = nn.Linear(*reversed(state["weight"].shape))
+            layer.load_state_dict(state)
+            layers.append(layer)
+        if layers(torch.zeros(1, width)).shape != (1, 1):
+            raise ValueError(f"it does not go from CLIP's {width} numbers to one")
+    except Exception as error:  # of many kinds, as a file may hold anything
+        message = f"aesthetic head {file} cannot be loaded: give a file, or go online ({error})"
+        raise UserError(message) from error
+    return layers.requires_grad_(False)
+
+
+# Functions of one's own
 
 
 def load_function(file: str, function: str) -> Callable:
@@ -175,8 +222,8 @@ def load_function(file: str, function: str) -> Callable:
 def checked(function: Callable, title: str, prompts: list[str]) -> Scorer:
     """A function of one's own as a scorer; tried on two grey images, so that mistakes show at once.
 
-    It gets copies. Its answer may be a list, a tuple, an array or a tensor; None, NaN or an
-    infinite number for an image means that there is no score, and becomes NaN.
+    It gets copies. Its answer may be a list, a tuple, an array or a tensor; None or what is not
+    finite means that an image has no score, and becomes NaN.
     """
 
     def score(images: list[Image.Image], prompts: list[str]) -> list[float]:
@@ -189,7 +236,8 @@ def checked(function: Callable, title: str, prompts: list[str]) -> Scorer:
             return read_scores(answer, len(images))
         except Exception as error:  # of many kinds, as an answer may be anything
             remedy = f"give a list of {len(images)} numbers, one for each image"
-            raise UserError(f"the scorer {title} gave {describe(answer)}: {remedy}") from error
+            shown = f"{' '.join(repr(answer).split()):.80}"
+            raise UserError(f"the scorer {title} gave {shown}: {remedy}") from error
 
     score([Image.new("RGB", (64, 64), "grey")] * 2, (prompts * 2)[:2])
     return score
@@ -201,98 +249,5 @@ def read_scores(answer: Any, count: int) -> list[float]:
         answer = answer.tolist()
     if not isinstance(answer, list | tuple) or len(answer) != count:
         raise ValueError("neither list nor tuple, or of another length")
-    return [to_float(value) for value in answer]
-
-
-def to_float(value: Any) -> float:
-    if value is None:
-        return math.nan
-    if isinstance(value, str | bytes):
-        raise TypeError("text is no number")
-    number = float(value.item() if hasattr(value, "item") else value)
-    return number if math.isfinite(number) else math.nan
-
-
-def describe(answer: Any) -> str:
-    """An answer on one short line."""
-    if hasattr(answer, "shape"):
-        return f"{type(answer).__name__} of shape {tuple(answer.shape)}"
-    return f"{' '.join(repr(answer).split()):.80}"
-
-
-def load_clip(name: str, device) -> tuple:
-    """A CLIP model and its processor, from the hub or a folder."""
-    from transformers import CLIPModel, CLIPProcessor  # slow, and it warns of what is not installed
-
-    try:
-        model = CLIPModel.from_pretrained(name)
-        processor = CLIPProcessor.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        reason = str(error).partition("\n")[0]
-        message = f"CLIP '{name}' cannot be loaded: it needs network access, or a folder ({reason})"
-        raise UserError(message) from error
-    return model.to(device).eval().requires_grad_(False), processor
-
-
-def alignment(clip: str, device) -> Scorer:
-    """Cosine of CLIP's embeddings of image and prompt, times 100: the CLIP score of Table 1."""
-    model, processor = load_clip(clip, device)
-
-    @torch.no_grad()
-    def score(images, prompts):
-        inputs = processor(
-            text=prompts, images=images, return_tensors="pt", padding=True, truncation=True
-        )
-        out = model(**inputs.to(device))
-        return (100 * torch.cosine_similarity(out.image_embeds, out.text_embeds)).tolist()
-
-    return score
-
-
-def aesthetic(clip: str, head: str, device) -> Scorer:
-    """LAION's aesthetic predictor: linear layers on CLIP's normalised image embedding."""
-    model, processor = load_clip(clip, device)
-    layers = load_head(head, model.config.projection_dim).to(device)
-
-    @torch.no_grad()
-    def score(images, prompts):
-        inputs = processor(images=images, return_tensors="pt").to(device)
-        embeds = model.visual_projection(model.vision_model(**inputs).pooler_output)
-        return layers(nn.functional.normalize(embeds)).squeeze(1).tolist()
-
-    return score
-
-
-def load_head(file: str, width: int) -> nn.Sequential:
-    """The linear layers of a state dict, in order: LAION's heads have only dropout between."""
-    try:
-        if file.startswith("https://"):
-            weights = torch.hub.load_state_dict_from_url(
-                file, map_location="cpu", weights_only=True
-            )
-        else:
-            weights = torch.load(file, map_location="cpu", weights_only=True)
-        names = [key.removesuffix("weight") for key in weights if key.endswith("weight")]
-        names.sort(key=lambda name: [int(number) for number in re.findall(r"\d+", name)])
-        layers = nn.Sequential()
-        for name in names:
-            outputs, inputs = weights[name + "weight"].shape
-            layer = nn.Linear(inputs, outputs)
-            layer.load_state_dict(
-                {"weight": weights[name + "weight"], "bias": weights[name + "bias"]}
-            )
-            layers.append(layer)
-    except Exception as error:
-        message = f"aesthetic head {file} cannot be loaded: give a file, or go online ({error})"
-        raise UserError(message) from error
-    if not names or layers[0].in_features != width or layers[-1].out_features != 1:
-        raise UserError(f"the aesthetic head {file} does not go from CLIP's {width} numbers to one")
-    return layers.requires_grad_(False)
-
-
-def score_images(
-    scorers: list[Scorer], images: list[Image.Image], prompts: list[str]
-) -> torch.Tensor:
-    """(S, N), float64: scores as the S scorers gave them; NaN where they gave none."""
-    rows = [torch.tensor(score(images, prompts), dtype=torch.float64) for score in scorers]
-    return torch.stack(rows) if rows else torch.empty(0, len(images))
+    numbers = [math.nan if value is None else float(value) for value in answer]
+    return [number if math.isfinite(number) else math.nan for number in numbers]

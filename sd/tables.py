@@ -1,4 +1,4 @@
-"""Rows of a user's file: .jsonl, .json, .csv, .tsv, .parquet or plain lines; UTF-8, maybe a BOM.
+"""Rows of a user's file: .jsonl, .json, .csv, .tsv, .parquet or plain lines, in UTF-8.
 
 A .jsonl has a JSON value in each line, a .json is a list of them, and the first line of a .csv or
 .tsv names the columns; it may be as Excel writes it, with semicolons or with a line sep=; before.
@@ -30,10 +30,9 @@ def table_suffix(path: Path) -> str:
     return suffix if suffix in SUFFIXES else ""
 
 
-def read_rows(path: Path, *, json_columns: Collection[str] = (), may_be_cut: bool = False) -> Rows:
-    """The rows of a file with one of SUFFIXES.
+def read_rows(path: Path, may_be_cut: bool = False) -> Rows:
+    """The rows of a file with one of SUFFIXES. Cells of a .csv or .tsv are text, None if empty.
 
-    json_columns: those of a .csv or .tsv whose cells are JSON; other cells are text, None if empty.
     may_be_cut: a .jsonl may end in half a line, which a kill cut short.
     """
     match table_suffix(path):
@@ -44,7 +43,7 @@ def read_rows(path: Path, *, json_columns: Collection[str] = (), may_be_cut: boo
         case ".parquet":
             rows = parquet_rows(path)
         case suffix:
-            rows = table_rows(path, suffix, json_columns)
+            rows = table_rows(path, "\t" if suffix == ".tsv" else ",")
     for where, row in rows:
         if isinstance(row, dict):
             row = dict(zip(column_names(where, row), row.values(), strict=True))
@@ -104,10 +103,9 @@ def parquet_rows(path: Path) -> Rows:
         raise ValueError(f"{path}: the file cannot be read ({error!s:.200})") from error
 
 
-def table_rows(path: Path, suffix: str, json_columns: Collection[str]) -> Rows:
-    text = read_text(path)
-    delimiter, header = find_delimiter(text, suffix), []
-    for line, cells in split_cells(path, text, delimiter):
+def table_rows(path: Path, usual_delimiter: str) -> Rows:
+    text, header = read_text(path), []
+    for line, cells in split_cells(path, text, find_delimiter(text, usual_delimiter)):
         where = f"{path}, line {line}"
         if not any(cells) or (not header and cells[0].lower().startswith("sep=")):
             continue
@@ -117,34 +115,32 @@ def table_rows(path: Path, suffix: str, json_columns: Collection[str]) -> Rows:
             sizes = f"{len(cells)} cells, but the first line has {len(header)}"
             raise ValueError(f"{where}: the row has {sizes}; put text with commas in quotes")
         else:
-            row = {name: cell for name, cell in zip(header, cells, strict=True) if name}
-            yield where, {name: parse_cell(row[name], name in json_columns) for name in row}
+            named = zip(header, cells, strict=True)
+            yield where, {name: cell or None for name, cell in named if name}
 
 
-def find_delimiter(text: str, suffix: str) -> str:
+def find_delimiter(text: str, usual: str) -> str:
     """What separates cells: what Excel's line sep= says, else what the first line has most."""
     first = text.lstrip().partition("\n")[0]
     if first.lower().startswith("sep="):
         return first[4:5].strip() or "\t"
-    usual = "\t" if suffix == ".tsv" else ","
     return max(usual, ",", ";", "\t", key=first.count)
 
 
 def split_cells(path: Path, text: str, delimiter: str) -> Iterator[tuple[int, list[str]]]:
     """Line number and cells of each row."""
     if delimiter == "\t":  # where no cell has a tab or a newline, quotes may be a part of the text
-        lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+        lines = [line.rstrip("\n") for line in io.StringIO(text, newline=None)]
         rows = [[unquote(cell.lstrip(" ")) for cell in line.split("\t")] for line in lines]
         if len({len(row) for row in rows if any(row)}) == 1:
             yield from enumerate(rows, 1)
             return
-    table = csv.reader(
-        io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True, strict=True
-    )
+    stream = io.StringIO(text, newline="")
+    table = csv.reader(stream, delimiter=delimiter, skipinitialspace=True, strict=True)
     line = 1
     try:
         for cells in table:
-            yield line, cells or [""]
+            yield line, cells
             line = table.line_num + 1
     except csv.Error as error:
         remedy = "write a quote within quotes twice"
@@ -165,21 +161,16 @@ def read_bytes(path: Path) -> bytes:
     except (OSError, EOFError, zlib.error) as error:
         reason = getattr(error, "strerror", None) or error
         raise ValueError(f"{path}: the file cannot be read ({reason})") from error
-    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        raise ValueError(f"{path}: this is UTF-16; save it as UTF-8")
     return content.removeprefix(codecs.BOM_UTF8)
 
 
 def read_text(path: Path) -> str:
     content = read_bytes(path)
     try:
-        text = content.decode()
+        return content.decode()
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         raise ValueError(f"{path}, line {line}: this is not UTF-8; save it as UTF-8") from error
-    if "\0" in text:
-        raise ValueError(f"{path}: there are zero bytes in it; save it as text in UTF-8")
-    return text
 
 
 def parse_json(content: bytes) -> Any:
@@ -188,17 +179,6 @@ def parse_json(content: bytes) -> Any:
         value = json.loads(text)
         if "\\u" in text:  # it may write half a surrogate pair, which is no text
             json.dumps(value, ensure_ascii=False).encode()
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise ValueError(f"this is not JSON in UTF-8 ({error})") from error
     return value
-
-
-def parse_cell(cell: str, is_json: bool) -> Any:
-    """What JSON would have in place of a cell; text where there is no such thing."""
-    if not is_json or not cell.strip():
-        return cell or None
-    try:
-        value = parse_json(cell.encode())
-    except ValueError:
-        return {"true": True, "false": False}.get(cell.strip().lower(), cell)
-    return int(value) if isinstance(value, float) and value.is_integer() else value

@@ -39,6 +39,7 @@ from d3po import (
     rollout,
     trajectory_log_prob,
 )
+from toy.ddpm import MLP
 
 NOISE_RATES = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
 BARS = torch.cumprod(1 - NOISE_RATES, 0)
@@ -437,6 +438,16 @@ def test_trajectory_log_prob_of_the_sampling_policy_is_the_log_prob_of_the_traje
     trajectory = w.args["trajectory"]
     again = trajectory_log_prob(w.reference, w.args["schedule"], trajectory, w.args["cond"])
     assert torch.equal(again, trajectory.log_prob)
+
+
+def test_in_float32_the_ratio_to_the_policy_that_sampled_is_exactly_1():
+    torch.manual_seed(0)
+    denoiser = MLP(data_variance=2.0)  # the toy's network
+    schedule = make_schedule(BARS.float(), 20)
+    trajectory = rollout(denoiser, schedule, torch.randn(64, 2))
+    again = trajectory_log_prob(denoiser, schedule, trajectory)
+    assert again.dtype == torch.float32
+    assert torch.equal((again - trajectory.log_prob).exp(), torch.ones(20, 64))
 
 
 def test_log_probs_of_another_policy_are_those_of_alg_1_lines_28_to_31_with_its_cond():

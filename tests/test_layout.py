@@ -81,4 +81,5 @@ def test_two_files_alone_change_the_search_path():
 def test_no_line_is_longer_than_100_columns():
     for path in [*TREES, ROOT / "README.md"]:
         for number, line in enumerate(path.read_text().splitlines(), 1):
-            assert len(line) <= COLUMNS, f"{path}:{number} has {len(line)} columns"
+            is_table = path.suffix == ".md" and line.startswith("|")  # a row cannot be wrapped
+            assert is_table or len(line) <= COLUMNS, f"{path}:{number} has {len(line)} columns"

@@ -51,6 +51,12 @@ WITHIN = {
 WORST = max(k * k * math.erfc(k / math.sqrt(2)) for k in (1 + j / 1000 for j in range(1000)))
 CLAMPED = 0.1 * math.log(1.1 / 0.9)  # beta 0.1 times the largest difference of clamped log-ratios
 ELEMENTS = 4 * 64 * 64
+# eta, sd of V_0 / beta in nats, share of the best cloud and mean score at the chain's optimum
+FINAL_IMAGE = (
+    ("1", 0.0233, 0.977, -0.1432),
+    ("0.5", 0.715, 0.974, -0.1643),
+    ("0.2", 3.33, 0.80, -0.6100),
+)
 
 
 def theory() -> dict[str, Number | Between]:
@@ -170,6 +176,19 @@ def theory() -> dict[str, Number | Between]:
         "flow/euler_minus_ddim": Between(0, 1e-11),
         "flow/log_ratio_difference_nats": Between(0, 1e-9),
         "flow/mean_size_of_a_log_ratio_nats": Number(0.0925, 0.005),
+        # 11: 4,000 chains each; the score by quadrature within its error of 0.04
+        **{
+            f"final_image/eta {eta}/{name}": number
+            for eta, sd, best, chain in FINAL_IMAGE
+            for name, number in {
+                "sd_of_V_0_in_nats": Number(sd, 0.05 * sd),
+                "score_of_tilted_law": Number(-0.16, 0.025),
+                "score_of_chain_optimum": Number(chain, 0.05),
+                "score_of_chain_optimum_by_quadrature": Number(chain, 1e-3),
+                "best_cloud_of_tilted_law": Number(0.978, 0.01),
+                "best_cloud_of_chain_optimum": Number(best, 0.02),
+            }.items()
+        },
     }
 
 

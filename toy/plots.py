@@ -57,14 +57,19 @@ def draw_animation(run: Path) -> Path:
         clouds[name] = _draw_points(axis, samples[f"{name}_epochs"][0], config["preference"])
         axis.set_title(loss["title"], fontsize=14)
 
+    title = figure.suptitle("0 labels", fontsize=14)
     frames = []
     for epoch in range(config["epochs"] + 1):
-        figure.suptitle(f"{epoch * config['pairs']:,} labels", fontsize=14)
+        title.set_text(f"{epoch * config['pairs']:,} labels")
         for name, cloud in clouds.items():
             cloud.set_data(*samples[f"{name}_epochs"][epoch].T)
         canvas.draw()
-        picture = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
-        frames.append(picture.quantize(64, dither=Image.Dither.NONE))
+        figure.set_layout_engine("none")  # that of the first frame, so that nothing moves
+        frames.append(np.array(canvas.buffer_rgba())[..., :3])
+    height, width, _ = frames[0].shape
+    # as one tall picture all frames get the same colours
+    tall = Image.fromarray(np.concatenate(frames)).quantize(128, dither=Image.Dither.NONE)
+    frames = [tall.crop((0, k * height, width, (k + 1) * height)) for k in range(len(frames))]
     path = run / "toy.gif"
     durations = [800, *[250] * (len(frames) - 2), 2500]
     frames[0].save(path, save_all=True, append_images=frames[1:], duration=durations, loop=0)
@@ -106,7 +111,7 @@ def _draw_shares(axis, rows: list[dict], titles: dict[str, str]) -> None:
             fontsize=14,
             va="center",
         )
-    axis.axhline(1, color="grey", linewidth=1)
+    axis.plot([0, labels[-1]], [1, 1], color="grey", linewidth=1)
     axis.set_xlim(0, 1.28 * labels[-1])
     axis.set_ylim(top=1.1)
     axis.set_xlabel("labels", fontsize=14)

@@ -72,7 +72,7 @@ def test_means_compare_with_the_same_images_before_training():
     second = {"judged": [judged(0, 4, 1.0), judged(16, 4, 0.75)], "stopped_after": None}
     start, end = bench_people.rows_of("warm", CHAIN, [first, second])
     assert (start["size"], end["size"]) == ("+0%", "-25%")
-    assert (end["animals right"], end["worst seed"]) == ("62.5%", "50.0%")
+    assert (end["animals recognised"], end["worst seed"]) == ("62.5%", "50.0%")
     assert (start["stopped"], end["stopped"], end["seeds"]) == (0, 1, 2)
     assert "broken images" not in end
     (row,) = bench_people.rows_of("right animal", CHAIN, [{**second, "judged": [judged(24, 1, 1)]}])

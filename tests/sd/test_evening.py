@@ -103,7 +103,8 @@ def test_an_evening(start, browser, tmp_path, monkeypatch):  # noqa: F811
     rows = read_rows(out)
     assert [row["h"] for row in rows if row["h"] is not None] == person.answers
     assert len(rows) == 3 * QUESTIONS and len(read_lines(out / "metrics.jsonl")) == 3
-    assert code in (out / "README.md").read_text("utf-8")
+    of_card = code.replace(repr(str(out / "lora")), "'lora'")
+    assert of_card in (out / "README.md").read_text("utf-8")
 
     # The LoRA loads, by the code of the page
     subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)

@@ -8,11 +8,12 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
-from sd_helpers import PROMPTS, make_pipeline, parse
+from sd_helpers import PROMPTS, make_pipeline, noises, parse
 
 from sd import model
 from sd.files import ROOT
@@ -33,7 +34,7 @@ def count_waits(num_steps: int) -> dict:
     import fake_device  # registers the device, which diffusers must not see when it is imported
 
     args = parse(ROOT / "toy" / "emoji_sd", f"--num-steps {num_steps} --max-kl 9 --eval-images 3")
-    args.model, args.precision = make_pipeline().to(torch.float16), "fp16"
+    args = replace(args, model=make_pipeline().to(torch.float16), precision="fp16")
     accelerator = SimpleNamespace(device=fake_device.GPU, prepare=lambda network: network)
     with fake_device.watch() as log:
         loaded = model.load_model(args, PROMPTS, accelerator)
@@ -44,7 +45,7 @@ def count_waits(num_steps: int) -> dict:
                 loaded.sampler,
                 torch.tensor([0, 1]),
                 images_per_prompt=2,
-                generator=torch.Generator().manual_seed(0),
+                generators=noises(0, groups=2, K=2),
             )
             counts = [log.waits.total()]
             loaded.log_prob(loaded.reference, batch)

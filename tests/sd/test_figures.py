@@ -1,7 +1,5 @@
 """Figures of a run, drawn from a folder that no run has made."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -78,16 +76,6 @@ def test_figures_are_files_drawn_from_stored_numbers(run):
         assert np.asarray(image.convert("L")).std() > 5
 
 
-@pytest.mark.slow
-def test_drawing_leaves_the_display_of_a_notebook_alone(run):
-    """No pyplot, and matplotlib only when a figure is drawn."""
-    code = "import sys\nfrom pathlib import Path\nfrom sd import figures\n"
-    code += "print('matplotlib' in sys.modules)\nfigures.draw_run(Path(sys.argv[1]))\n"
-    code += "print('matplotlib.pyplot' in sys.modules)"
-    out = subprocess.run([sys.executable, "-c", code, run], capture_output=True, check=True)
-    assert out.stdout.split() == [b"False", b"False"]
-
-
 def test_curves_are_the_stored_columns_over_the_epochs(run, drawn):
     figures.draw_run(run)
     score, watched, kl = drawn["reward_curve.png"].axes
@@ -132,27 +120,20 @@ def test_rows_are_the_held_out_images_of_each_evaluation_with_their_score(run, d
     assert greys(drawn["progress.png"]) == [[0, 10], [100, 110], [150, 160]]
 
 
-def test_rows_are_drawn_where_the_last_epoch_was_evaluated(run, drawn, monkeypatch):
-    opened, read = [], figures.open_image
-    monkeypatch.setattr(figures, "open_image", lambda file: opened.append(file) or read(file))
+def test_rows_are_drawn_where_the_last_epoch_was_evaluated(run, drawn):
     rows = files.read_lines(run / "metrics.jsonl")
     not_evaluated = ROW | {"epoch": 4, "eval_score": None, "watched": None}
     files.save_lines(run / "metrics.jsonl", [*rows, not_evaluated])
     figures.draw_run(run)
-    assert [*drawn] == ["reward_curve.png"] and not opened
+    assert [*drawn] == ["reward_curve.png"]
     assert lines(drawn["reward_curve.png"].axes[0])[0][0] == [1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("harm", [Path.unlink, lambda file: file.write_bytes(b"")])
-@pytest.mark.parametrize("epoch", [0, 2, 3])
-def test_an_evaluation_that_lost_an_image_is_left_out(run, drawn, harm, epoch):
-    harm(figures.held_out_file(run, epoch, 1))
+def test_an_image_that_was_lost_is_left_out(run, drawn, harm):
+    harm(figures.held_out_file(run, 2, 1))
     figures.draw_run(run)
-    if epoch == 0 or (epoch == 3 and harm is Path.unlink):
-        assert [*drawn] == ["reward_curve.png"]  # nothing to compare with, or nothing new
-        return
-    left = {2: "epoch 3\n1.00 kB", 3: "epoch 2\n1.50 kB"}[epoch]
-    assert row_names(drawn["progress.png"]) == ["before\n5.00 kB", left]
+    assert greys(drawn["progress.png"])[1] == [100, 255]  # white
 
 
 def test_a_long_run_has_at_most_six_rows_evenly_apart():
@@ -161,10 +142,6 @@ def test_a_long_run_has_at_most_six_rows_evenly_apart():
 
     assert epochs(21) == [0, 4, 8, 12, 16, 20] and epochs(6) == [0, 1, 2, 3, 4, 5]
     assert epochs(7) == [0, 2, 4, 6] and epochs(2) == [0, 1] and epochs(1) == [0]
-    for count in range(2, 60):
-        first, *others = epochs(count)
-        assert first == 0 and others[-1] == count - 1 and len(others) <= 5
-        assert len(set(np.diff(others))) <= 1
 
 
 def test_pairs_are_the_first_sixteen_in_two_times_two_rows(tmp_path, drawn):

@@ -69,14 +69,9 @@ def test_transparency_of_palettes_and_gray(tmp_path):
     "kind, largest, suffix",
     [
         (np.uint16, 65535, "png"),
-        (np.uint16, 65535, "tif"),
         (">u2", 65535, "tif"),
-        (np.int32, 255, "tif"),
         (np.int32, 65535, "tif"),
-        (np.int32, 2**31 - 1, "tif"),
         (np.float32, 1, "tif"),
-        (np.float32, 255, "tif"),
-        (np.float32, 65535, "tif"),
         (np.float32, 1e6, "tif"),
     ],
 )
@@ -133,14 +128,14 @@ def test_other_modes_and_formats(tmp_path):
     assert difference((tmp_path / "wide.png").read_bytes(), RGB) == 0
 
 
-@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF"])
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
 def test_images_that_are_cut_short_are_refused(tmp_path, kind):
     stream = io.BytesIO()
     Image.effect_noise((96, 96), 60).convert("RGB").save(stream, kind)
     whole = stream.getvalue()
     assert image_format(whole) == kind.lower()
     file = tmp_path / "x"
-    for share in (0, 0.1, 0.5, 0.9):
+    for share in (0, 0.5, 0.9):
         file.write_bytes(whole[: int(share * len(whole))])
         for read in (image_format, lambda file: open_image(file, (8, 8))):
             with pytest.raises(UserError, match=f"^{file} is no image that can be read"):

@@ -77,12 +77,9 @@ def test_earlier_epochs_are_passed_over_and_a_line_cut_short_is_dropped(tmp_path
 BAD_LINES = {
     "not JSON": ("{'epoch': 3}", "not JSON"),
     "empty": ("", "not JSON"),
-    "too deep": ("[" * 100_000, "not JSON"),
     "no object": ("[1, 2]", "object"),
     "no epoch": ({"epoch": ...}, "'epoch' is missing"),
-    "no images": ({"images": ...}, "'images' is missing"),
     "no h": ({"h": ...}, "'h' is missing"),
-    "epoch as text": ({"epoch": "3"}, "'epoch' is '3'"),
     "epoch true": ({"epoch": True}, "'epoch' is True"),
     "epoch to come": ({"epoch": 4}, "asks nothing"),
     "another prompt": ({"prompt": "a dog"}, "'a dog'"),
@@ -92,7 +89,6 @@ BAD_LINES = {
     "h 2": ({"h": 2}, "'h' is 2"),
     "h true": ({"h": True}, "'h' is True"),
     "h 1.0": ({"h": 1.0}, "'h' is 1.0"),
-    "h NaN": ({"h": math.nan}, "'h' is nan"),
     "annotator 5": ({"annotator": 5, "h": 1}, "'annotator' is 5"),
 }
 
@@ -104,15 +100,13 @@ def test_bad_lines_are_refused_with_file_and_line_number(tmp_path, what):
         row = PAIR | {"h": 1} | line
         line = json.dumps({key: value for key, value in row.items() if value is not ...})
     good = json.dumps(PAIR | {"h": 1}) + "\n"
-    file = tmp_path / "labels.jsonl"
-    file.write_bytes((good + line + "\n").encode(errors="surrogateescape"))
     with pytest.raises(UserError) as error:
-        labels.read_labels(file, [PAIR])
-    assert f"{file}, line 2: " in str(error.value) and reason in str(error.value)
-    assert len(str(error.value)) < 600
+        read(tmp_path, f"{good}{line}\n", PAIR)
+    start = f"{tmp_path / 'labels.jsonl'}, line 2: "
+    assert str(error.value).startswith(start) and reason in str(error.value)
 
 
-@pytest.mark.parametrize("bad", [[True, False], [True] * 4, [1, 0, 0], "yes", True, [None] * 3, {}])
+@pytest.mark.parametrize("bad", [[True] * 4, [1, 0, 0], "yes"])
 def test_bad_tags_are_refused(tmp_path, bad):
     with pytest.raises(UserError, match="line 1: 'bad' is .*3 booleans"):
         read(tmp_path, json.dumps(TAGS | {"bad": bad}) + "\n", TAGS)
@@ -121,49 +115,19 @@ def test_bad_tags_are_refused(tmp_path, bad):
         read(tmp_path, json.dumps(pair) + "\n", TAGS)
 
 
-@examples
-@given(
-    lines=st.lists(
-        st.tuples(
-            st.sampled_from([None, "Ann", "Zoë"]),
-            st.booleans(),  # are the images swapped?
-            st.sampled_from([1, 0, -1, None]),
-        )
-    ),
-    cut=st.integers(0, 40),
-)
-def test_any_whole_file_is_read_back(tmp_path_factory, lines, cut):
-    expected, text = {}, ""
-    for annotator, swapped, h in lines:
-        images = PAIR["images"][::-1] if swapped else PAIR["images"]
-        row = PAIR | {"images": images, "h": h}
-        text += json.dumps(row if annotator is None else row | {"annotator": annotator}) + "\n"
-        expected[annotator] = -h if swapped and h else h
-    text += json.dumps(PAIR)[:cut]
-    found = read(tmp_path_factory.getbasetemp(), text, PAIR)
-    assert found == {tuple(PAIR["images"]): expected}
-
-
 # Several people
 
 
 @pytest.mark.parametrize(
     "votes, h",
     [
-        ([1], 1),
-        ([-1], -1),
-        ([0], 0),
         ([], 0),
         ([None], 0),
         ([None, -1], -1),
-        ([1, -1], 0),
         ([1, 0], 0),
-        ([1, 1, -1], 1),
         ([0, 0, 1], 0),
-        ([1, 0, -1], 0),
         ([1, 1, -1, 0], 1),
         ([1, 1, -1, -1, 0], 0),
-        ([-1, -1, None, 1], -1),
     ],
 )
 def test_majority_of_pairs(votes, h):
@@ -206,11 +170,6 @@ def test_kappa_of_a_published_example():
 # Preferences and pairs
 
 
-def test_one_score_compares_as_d3po_does():
-    a, b = torch.randn(2, 50, generator=torch.Generator().manual_seed(0)).round()
-    assert torch.equal(labels.pareto_preference(a[None], b[None]), d3po.preference(a, b).long())
-
-
 def test_with_several_scores_only_dominance_counts():
     cases = {
         ((1, 1), (0, 0)): 1,
@@ -228,11 +187,6 @@ def pair(a: int, b: int, h: int) -> Label:
     return Label([a, b], "h", h)
 
 
-def test_labels_become_pairs_of_their_chains():
-    asked = [pair(0, 1, 1), pair(0, 2, 0), pair(1, 2, -1), pair(3, 4, -1)]
-    assert labels.pairs_from_labels(asked).tolist() == [[0, 1], [2, 1], [4, 3]]
-
-
 def test_tags_become_pairs_of_their_own_group():
     asked = [
         Label([2, 1, 0], "bad", [True, False, False]),
@@ -241,20 +195,12 @@ def test_tags_become_pairs_of_their_own_group():
     assert labels.pairs_from_labels(asked).tolist() == [[1, 2], [0, 2]]
 
 
-@pytest.mark.parametrize(
-    "nothing",
-    [
-        [],
-        [pair(0, 1, 0)],
-        [pair(0, 1, None)],
-        [Label([0, 1], "bad", [True, True])],
-        [Label([0, 1], "bad", None)],
-    ],
-)
-def test_without_a_preference_there_is_no_pair(nothing):
-    pairs = labels.pairs_from_labels(nothing)
-    assert pairs.shape == (0, 2) and pairs.dtype == torch.int64
-    assert not any(labels.has_preference({label.field: label.answer}) for label in nothing)
+def test_without_a_preference_there_is_no_pair():
+    tags = [Label([0, 1], "bad", answer) for answer in ([True, True], None)]
+    for nothing in ([], [pair(0, 1, 0), pair(0, 1, None), *tags]):
+        pairs = labels.pairs_from_labels(nothing)
+        assert pairs.shape == (0, 2) and pairs.dtype == torch.int64
+        assert not any(labels.has_preference({label.field: label.answer}) for label in nothing)
 
 
 @examples

@@ -1,6 +1,6 @@
 """Other systems: what only Unix has, float64 on a device, and the device that was asked for."""
 
-import importlib.util
+import ast
 import sys
 
 import pytest
@@ -15,21 +15,15 @@ from sd import UserError, metrics, options
 from sd.files import ROOT
 from sd.model import make_accelerator
 
-FILES = sorted(f"{d}/{p.name}" for d in ("sd", "toy") for p in (ROOT / d).glob("*.py"))
-MODULES = ["d3po.py", "sd_demo.py", *FILES]
-UNIX_ONLY = ("resource", "fcntl", "pwd", "grp", "termios")
+MODULES = [ROOT / "d3po.py", ROOT / "sd_demo.py", *ROOT.glob("sd/*.py"), *ROOT.glob("toy/*.py")]
+UNIX_ONLY = {"resource", "fcntl", "pwd", "grp", "termios"}
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_nothing_that_only_unix_has_is_imported_at_the_top(module, monkeypatch):
-    for name in UNIX_ONLY:
-        monkeypatch.setitem(sys.modules, name, None)  # as on Windows: ImportError
-    monkeypatch.syspath_prepend(str(ROOT))  # and put back what a module adds
-    name = module.removesuffix(".py").replace("/", ".")
-    spec = importlib.util.spec_from_file_location(f"{name}_again", ROOT / module)
-    again = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, again)
-    spec.loader.exec_module(again)
+def test_nothing_that_only_unix_has_is_imported_at_the_top():
+    for module in MODULES:
+        for line in ast.parse(module.read_text("utf-8")).body:
+            names = [name.name for name in getattr(line, "names", [])]
+            assert not UNIX_ONLY & {*names, getattr(line, "module", None)}, module
 
 
 def test_without_resource_the_peak_of_memory_is_unknown(monkeypatch):
@@ -84,7 +78,7 @@ def test_no_latent_becomes_float64_in_a_run(
 
     def watched(*args):
         with NoFloat64():
-            train(*args)
+            yield from train(*args)
 
     monkeypatch.setattr(sd_demo, "train", watched)
     flags += " --max-kl 1e6 --average-weights --num-steps 2"
@@ -97,7 +91,7 @@ def test_no_latent_becomes_float64_in_a_run(
 
 def parsed(monkeypatch, cuda: bool, *flags: str):
     monkeypatch.setattr("torch.cuda.is_available", lambda: cuda)
-    return options.parse(["--objective", "compressibility", *flags])[1]
+    return options.parse(["--objective", "compressibility", *flags])
 
 
 def test_on_the_cpu_a_cuda_machine_has_the_defaults_of_one_without(monkeypatch):
@@ -114,14 +108,12 @@ def test_on_the_cpu_a_cuda_machine_has_the_defaults_of_one_without(monkeypatch):
         (["--device", "cuda"], "--device cuda is not on this machine: give another, or auto"),
         (["--device", "mps"], "--device mps is not on this machine"),
         (["--device", "cpu", "--precision", "fp16"], "fp16 needs a CUDA GPU"),
-        (["--device", "tpu"], "invalid choice: 'tpu'"),
     ],
 )
-def test_a_device_that_is_not_there_is_refused(monkeypatch, capsys, flags, message):
+def test_a_device_that_is_not_there_is_refused(monkeypatch, flags, message):
     monkeypatch.setattr("torch.backends.mps.is_available", lambda: False)
-    with pytest.raises(SystemExit):
+    with pytest.raises(UserError, match=message):
         parsed(monkeypatch, "cpu" in flags, *flags)
-    assert message in capsys.readouterr().err
 
 
 def test_a_run_goes_on_on_another_device(tiny, scorers, tmp_path, no_figures):

@@ -1,5 +1,6 @@
 """A pipeline as a policy: against diffusers' own pipeline and scheduler, and the UNet by hand."""
 
+import json
 import math
 
 import pytest
@@ -12,6 +13,7 @@ from sd_helpers import PROMPTS, Loaded, make_pipeline, noises, same_images
 import d3po
 from sd import UserError, model, options
 from sd.families import DTYPES
+from sd.pipeline import map_tensors
 from sd.seeds import RandomPurpose, seeded_generator
 
 
@@ -19,6 +21,12 @@ def embeddings(loaded: model.Model, numbers: list[int]) -> torch.Tensor:
     """Of these prompts (B, halves, L, C); where there is guidance, the empty one's first."""
     inputs = loaded.conditioning.inputs(numbers)
     return torch.stack([one["encoder_hidden_states"] for one in inputs])
+
+
+def randomise_lora(loaded: model.Model) -> None:
+    noise = torch.Generator().manual_seed(0)
+    for weight in loaded.lora:
+        torch.nn.init.normal_(weight, std=0.05, generator=noise)
 
 
 def count_rows(unet) -> list[int]:
@@ -63,22 +71,6 @@ def test_at_scale_1_the_empty_prompt_is_left_out(tiny):
         out = loaded.model.policy(x, time, torch.tensor([1, 3]))
         assert torch.equal(out, unet(x, time, text).sample)
     assert rows == [2, 2]
-
-
-def test_v_prediction_becomes_the_epsilon_of_diffusers(tmp_path):
-    pipe, v = make_pipeline(), {"prediction_type": "v_prediction"}
-    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, **v)
-    pipe.save_pretrained(tmp_path)
-    loaded = Loaded(tmp_path).model
-    x, cond = torch.randn(2, 4, 16, 16), torch.tensor([1, 3])
-    text = embeddings(loaded, [1, 3])
-    for i, t in enumerate(loaded.schedule.timesteps):
-        with torch.no_grad():
-            mean = d3po.policy_mean(loaded.policy, loaded.schedule, i, x, cond)
-            empty, prompted = (loaded.network(x, t, half).sample for half in text.unbind(1))
-        v, noise = empty + 3 * (prompted - empty), torch.zeros_like(x)
-        step = loaded.pipe.scheduler.step(v, t, x, eta=1.0, variance_noise=noise)
-        torch.testing.assert_close(mean, step.prev_sample, atol=1e-5, rtol=1e-5)
 
 
 def test_the_lora_is_back_on_after_an_error(tiny):
@@ -130,18 +122,17 @@ VARIANTS = {  # changes of the scheduler
     "v": {"prediction_type": "v_prediction"},
     "PNDM": {"skip_prk_steps": True},
     "trailing": {"timestep_spacing": "trailing", "set_alpha_to_one": True},
-    "8x8": {},
-    "eta": {},
+    "8x8, eta": {},
 }
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_images_are_those_of_the_stock_pipeline(tmp_path, variant, capsys):
-    pipe = make_pipeline(**({"sample_size": 8} if variant == "8x8" else {}))
+    pipe = make_pipeline(**({"sample_size": 8} if variant == "8x8, eta" else {}))
     scheduler = PNDMScheduler if variant == "PNDM" else DDIMScheduler
     pipe.scheduler = scheduler.from_config(pipe.scheduler.config, **VARIANTS[variant])
     pipe.save_pretrained(tmp_path)
-    loaded = Loaded(tmp_path, "--eta 0.5" if variant == "eta" else "")
+    loaded = Loaded(tmp_path, "--eta 0.5" if "eta" in variant else "")
     is_replaced = variant in ("PNDM", "trailing")
     assert ("Scheduler: DDIM" in capsys.readouterr().out) == is_replaced
     batch = loaded.sample((1, 3), 2, 1, 2)
@@ -150,7 +141,7 @@ def test_images_are_those_of_the_stock_pipeline(tmp_path, variant, capsys):
     assert batch.groups == [range(0, 2), range(2, 4)]
     pipe = as_ddim(StableDiffusionPipeline.from_pretrained(tmp_path))
     images = stock_images(pipe, loaded.args, prompts, 0, 1, 2, K=2)
-    assert images[0].size == ((32, 32) if variant == "8x8" else (64, 64))
+    assert images[0].size == ((32, 32) if "8x8" in variant else (64, 64))
     assert same_images(batch.images, images)
     assert not same_images(images[:1], images[1:2], 3)  # one x_T, but other noise on the way
 
@@ -185,36 +176,29 @@ def test_held_out_images_have_the_prompts_in_turn_and_fixed_noises(tiny):
 
 
 def test_noise_belongs_to_the_image_however_many_are_sampled_together(tiny, monkeypatch):
-    results, passes = [], []
-    for flags, elements in (
-        ("--batch-size 1", 2**18),
-        ("--batch-size 2 --images-per-prompt 3", 2**18),
-        ("", 3 * 2048),
-        ("", 1),
-    ):
-        monkeypatch.setattr(model, "ELEMENTS_WITHOUT_GRADIENT", elements)
-        loaded = Loaded(tiny, f"--eval-images 7 --max-kl 9 {flags}")
-        for weight in loaded.model.lora:
-            torch.nn.init.normal_(weight, std=0.05, generator=torch.Generator().manual_seed(0))
-        rows = count_rows(loaded.model.network)
+    results = []
+    monkeypatch.setattr(model, "STOCK_IMAGES", 3)  # of 50 steps
+    loaded = Loaded(tiny, "--eval-images 6 --max-kl 9")
+    randomise_lora(loaded.model)
+    rows = count_rows(loaded.model.network)
+    for together in (128, 2):
+        monkeypatch.setattr(model, "ELEMENTS_WITHOUT_GRADIENT", together * 2048)
+        rows.clear()
         images, _, kl = held_out(loaded)
-        passes.append(rows[:])
+        assert max(rows) == 2 * min(6, together)  # guided: two rows an image
         stock, _ = model.sample_stock(loaded.model, loaded.model.sampler, loaded.args)
         results.append((images, stock, kl))
-    assert [max(of_run) // 2 for of_run in passes] == [7, 7, 3, 1]  # guided: two rows an image
-    first, *others = results
-    for images, stock, kl in others:
-        assert same_images(images, first[0]) and same_images(stock, first[1])
-        assert kl == pytest.approx(first[2], rel=1e-3) and kl > 0.1
-    assert not same_images(first[0][:2], first[0][5:], 3)  # the same prompts, other noise
+    (images, stock, kl), (images_2, stock_2, kl_2) = results
+    assert same_images(images_2, images) and same_images(stock_2, stock)
+    assert kl_2 == pytest.approx(kl, rel=1e-3) and abs(kl) > 0.01
+    assert not same_images(images[:1], images[5:], 3)  # the same prompt, other noise
 
 
 # The LoRA
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_the_lora_is_float32_on_queries_keys_and_values_alone(tiny, precision):
-    loaded = Loaded(tiny, f"--precision {precision} --lora-rank 3").model
+def test_the_lora_is_float32_on_queries_keys_and_values_alone(tiny):
+    loaded = Loaded(tiny, "--precision bf16 --lora-rank 3").model
     unet = loaded.pipe.unet
     adapted = {name for name, part in unet.named_modules() if isinstance(part, LoraLayer)}
     plain = StableDiffusionPipeline.from_pretrained(tiny).unet
@@ -246,6 +230,48 @@ def test_before_training_the_policy_is_the_reference_exactly(tiny, precision):
     # Two of four chains in a batch: float32 rounds sums of 1,024 terms otherwise, by 1e-3 nats
     tolerance = 1e-4 if precision == "fp32" else 0.05
     assert next(losses).item() == pytest.approx(math.log(2), abs=tolerance)
+
+
+# Half precision
+
+
+def test_rounding_kl_is_that_between_bf16_and_a_model_in_float32_with_its_weights(tiny):
+    run = Loaded(tiny, "--precision bf16")
+    pipe = StableDiffusionPipeline.from_pretrained(tiny, dtype=torch.bfloat16)
+    exact = Loaded(tiny, model=pipe.to(torch.float32)).model
+    half = run.model
+    for loaded in (half, exact):
+        randomise_lora(loaded)
+    batch = run.sample()
+    cached = half.conditioning.cache
+    exact.conditioning.cache = {n: map_tensors(torch.Tensor.float, cached[n]) for n in (0, 1)}
+    expected, log_prob = 0.0, half.log_prob(half.sampler, batch)
+    for i in range(3):
+        x, sigma = batch.trajectory.x[i], half.schedule.sigma[i]
+        with torch.no_grad():
+            rounded, own = (
+                d3po.policy_mean(loaded.sampler, loaded.schedule, i, x, batch.cond)
+                - d3po.policy_mean(loaded.reference, loaded.schedule, i, x, batch.cond)
+                for loaded in (half, exact)
+            )
+        expected += (rounded - own).square().sum() / (2 * sigma**2) / len(x)
+    assert half.rounding_kl(batch, 3) == pytest.approx(expected.item(), rel=0.03) and expected > 0
+    assert torch.equal(half.log_prob(half.sampler, batch), log_prob)  # it is bf16 again
+    assert exact.rounding_kl(batch, 3) == 0
+
+
+def test_a_kl_limit_below_what_rounding_adds_is_refused(tiny, tmp_path):
+    loaded = Loaded(tiny, "--precision bf16 --max-kl 1e-6")
+    randomise_lora(loaded.model)
+    loaded.run.folder = tmp_path
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UserError) as error:
+        loaded.run.check_rounding()
+    kl = json.loads((tmp_path / "config.json").read_text())["rounding_kl"]
+    assert str(error.value) == (
+        f"In bf16 rounding alone adds {kl:.2g} nats to the KL, more than --max-kl 1e-06: "
+        "take --precision fp32, or fp16 in place of bf16, or a larger --max-kl"
+    )
 
 
 def test_the_lora_passes_in_the_networks_precision_and_its_gradient_is_float32(tiny):
@@ -282,10 +308,8 @@ def test_the_reference_is_switched_once_around_a_trajectory(tiny, monkeypatch):
 
 
 def refusal(folder, **changes) -> str:
-    args = options.parse(["--objective", "compressibility", "--model", str(folder)])[1]
-    for name, value in changes.items():
-        setattr(args, name, value)
     with pytest.raises(UserError) as error:
+        args = options.make_settings(objective="compressibility", model=str(folder), **changes)
         model.load_model(args, PROMPTS, Accelerator())
     return str(error.value)
 

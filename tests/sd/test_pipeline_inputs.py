@@ -9,7 +9,6 @@ from diffusers import (
     AutoencoderTiny,
     DDIMParallelScheduler,
     DDIMScheduler,
-    DDPMParallelScheduler,
     DDPMScheduler,
     DPMSolverMultistepScheduler,
     EDMEulerScheduler,
@@ -64,19 +63,17 @@ def test_another_chain_is_refused_by_name(scheduler, config, sentence, tmp_path)
 @pytest.mark.parametrize(
     ("scheduler", "betas"),
     [
-        (DDPMScheduler, "sigmoid"),
         (DDPMScheduler, "laplace"),
         (HeunDiscreteScheduler, "exp"),
         (DDPMScheduler, "squaredcos_cap_v2"),
         (DDIMParallelScheduler, "scaled_linear"),
-        (DDPMParallelScheduler, "linear"),
     ],
 )
 def test_noise_levels_are_those_of_the_models_own_scheduler(scheduler, betas, tmp_path):
     config = {"beta_schedule": betas, "clip_sample": False}
     pipe = make_pipeline()
     pipe.scheduler = scheduler.from_config(pipe.scheduler.config, **config)
-    levels, loaded = pipe.scheduler.alphas_cumprod, Loaded(tmp_path, pipe=pipe)
+    levels, loaded = pipe.scheduler.alphas_cumprod, Loaded(tmp_path, model=pipe)
     assert type(pipe.scheduler) is DDIMScheduler
     assert torch.equal(pipe.scheduler.alphas_cumprod, levels)
     assert loaded.sample((0,), 1).trajectory.log_prob.isfinite().all()
@@ -136,7 +133,7 @@ ASYMMETRIC_VAE = {
 def test_a_vae_of_another_class(kind, settings, tmp_path):
     pipe = make_pipeline()
     pipe.vae = kind(**settings).eval()
-    images = Loaded(tmp_path, pipe=pipe).sample((0,), 1).images
+    images = Loaded(tmp_path, model=pipe).sample((0,), 1).images
     x_0 = encode(pipe, images, names=["a"])
     pixels = pipe.image_processor.preprocess(images)
     with torch.no_grad():

@@ -101,6 +101,7 @@ def test_a_draw_depends_on_epoch_and_number_alone(make_buffer):
     def draw(epoch):
         return [batch.trajectory.x for batch in buffer.draw(epoch, 3)]
 
+    assert len({tuple(batch.cond.tolist()) for batch in buffer.draw(5, 3)}) > 1
     first, second = draw(5), draw(5)
     assert len(first) == 3 and all(map(torch.equal, first, second))
     assert not any(map(torch.equal, first, draw(6))) and not torch.equal(first[0], first[1])
@@ -328,3 +329,30 @@ def test_the_labels_of_a_run_are_a_file_for_the_next(tiny, scorers, tmp_path, no
     (first,) = read_rows(out / "metrics.jsonl")
     assert first["labels"] == sum(row["h"] != 0 for row in read_rows(earlier / "labels.jsonl"))
     assert files.read_json(out / "config.json")["objective"] is None
+
+
+def test_bytes_in_a_parquet_train_the_lora_that_the_same_images_as_files_do(
+    tiny, tmp_path, no_figures
+):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    table = pytest.importorskip("pyarrow").Table
+    random, rows = np.random.default_rng(0), []
+    for n in range(6):
+        names = [f"{n}_{k}.png" for k in range(2)]
+        for name in names:
+            Image.fromarray(random.integers(0, 256, (64, 64, 3), np.uint8)).save(tmp_path / name)
+        rows.append(
+            {"caption": PROMPTS[n % 3], "label_0": n % 2, "label_1": 1 - n % 2}
+            | {f"jpg_{k}": name for k, name in enumerate(names)}
+        )
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with_bytes = [
+        row | {key: (tmp_path / row[key]).read_bytes() for key in ("jpg_0", "jpg_1")}
+        for row in rows
+    ]
+    parquet.write_table(table.from_pylist(with_bytes), tmp_path / "pairs.parquet")
+    by_files, by_bytes = (
+        learn_from(tmp_path / f"pairs.{suffix}", tiny, tmp_path / suffix, "--epochs 1")
+        for suffix in ("jsonl", "parquet")
+    )
+    assert outcome(by_files) == outcome(by_bytes)

@@ -1,7 +1,5 @@
 """Scorers: the paper's objectives against their definition, and functions of one's own."""
 
-import io
-import itertools
 import math
 import os
 import re
@@ -15,7 +13,7 @@ from torch import nn
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
 
 from sd import UserError
-from sd.scorers import jpeg_kb, load_scorers, objective_name, split_objective
+from sd.scorers import jpeg_kb, load_scorers, split_objective
 from toy.emoji_sd import models
 
 PROMPTS = ["a cat", "an ant", "a dog"]
@@ -57,12 +55,6 @@ def test_compressibility_is_minus_the_bytes_of_the_jpeg(images, tmp_path):
         assert large(images, PROMPTS)[n] == size == -small(images, PROMPTS)[n]
 
 
-def test_the_jpeg_size_does_not_depend_on_where_the_image_was_stored(images):
-    stored = io.BytesIO()
-    images[0].save(stored, "PNG")
-    assert jpeg_kb(Image.open(stored)) == jpeg_kb(images[0])
-
-
 @torch.no_grad()
 def test_alignment_is_the_cosine_of_clips_embeddings(images, clip):
     model, folder = clip
@@ -85,12 +77,8 @@ def test_alignment_is_the_cosine_of_clips_embeddings(images, clip):
 def mlp_head() -> nn.Module:
     """As sac+logos+ava1-l14-linearMSE.pth: linear layers, and dropouts that have numbers too."""
     head = nn.Module()
-    head.layers = nn.Sequential()
-    for a, b in itertools.pairwise((8, 12, 9, 6, 4, 1)):
-        head.layers.append(nn.Linear(a, b))
-        if b > 4:
-            head.layers.append(nn.Dropout(0.2))
-    assert {"layers.0.weight", "layers.7.bias"} <= set(head.state_dict())
+    head.layers = nn.Sequential(*map(nn.Linear, (8, 12, 6), (12, 6, 1)))
+    head.layers.insert(1, nn.Dropout(0.2))
     return head
 
 
@@ -115,9 +103,7 @@ HEADS = {
     "no state dict": b"no head",
     "another width": {"weight": torch.zeros(1, 5), "bias": torch.zeros(1)},
     "no bias": {"weight": torch.zeros(1, 8)},
-    "two outputs": {"weight": torch.zeros(2, 8), "bias": torch.zeros(2)},
     "no layer": {},
-    "a list": [torch.zeros(1, 8)],
 }
 
 
@@ -143,13 +129,8 @@ def test_a_clip_that_is_not_there_is_refused_in_one_sentence(objective, tmp_path
 # The objective
 
 SPLIT = {
-    "compressibility,incompressibility": ["compressibility", "incompressibility"],
     " compressibility , a.py:f ": ["compressibility", "a.py:f"],
     "x,y/a.py:f,compressibility": ["x,y/a.py:f", "compressibility"],
-    "x,compressibility,y/a.py:f": ["x,compressibility,y/a.py:f"],
-    "./compressibility,v2/a.py:f": ["./compressibility,v2/a.py:f"],
-    "C:\\x\\a.py:f,b.py:g": ["C:\\x\\a.py:f", "b.py:g"],
-    "compressibility,,b.py:g": ["compressibility", ",b.py:g"],
     "beauty,compressibility": ["beauty", "compressibility"],
     "": [""],
 }
@@ -159,10 +140,7 @@ def test_a_comma_ends_a_name_but_not_a_folder():
     assert {objective: split_objective(objective) for objective in SPLIT} == SPLIT
 
 
-@pytest.mark.parametrize(
-    "objective",
-    ["beauty", "", "compressibility,", "compressibility,beauty", "human,compressibility"],
-)
+@pytest.mark.parametrize("objective", ["beauty", "", "compressibility,", "human,compressibility"])
 def test_an_unknown_objective_is_refused_with_the_choice(objective):
     message = "unknown: choose one of compressibility, .*human, tags, or give FILE.py:FUNCTION"
     with pytest.raises(UserError, match=message):
@@ -175,13 +153,10 @@ def test_a_function_may_be_handed_in_and_so_may_a_list(images, scorers):
 
     mixed = [width, "compressibility", f"{scorers}:brightness"]
     widths, sizes, means = (score(images, PROMPTS) for score in load_scorers(mixed, PROMPTS))
-    assert (
-        widths == [image.width for image in images] == load_scorers(width, PROMPTS)[0](images, [])
-    )
+    (alone,) = load_scorers(width, PROMPTS)
+    assert widths == [image.width for image in images] == alone(images, PROMPTS)
     assert sizes == [-jpeg_kb(image) for image in images]
     assert means == pytest.approx([np.asarray(image).mean() for image in images], rel=1e-15)
-    assert objective_name(mixed) == f"width,compressibility,{scorers}:brightness"
-    assert objective_name(width) == "width" and objective_name("a.py:f") == "a.py:f"
 
 
 # A function of one's own
@@ -198,15 +173,10 @@ def answering(answer):
 
 GOOD_ANSWERS = [  # for three images; the scores, None where there are none
     ([1, 2.5, None], [1, 2.5, None]),
-    ([math.nan, math.inf, -math.inf], [None, None, None]),
-    ((1, 2, 3), [1, 2, 3]),
-    ([True, False, np.bool_(True)], [1, 0, 1]),
-    ([np.float16(0.5), np.int64(2), np.float32("nan")], [0.5, 2, None]),
-    ([torch.tensor(0.5), torch.tensor([2.0]), np.array([3])], [0.5, 2, 3]),
-    (np.array([1, 2, 3]) > 1, [0, 1, 1]),
+    ((math.nan, math.inf, -math.inf), [None, None, None]),
+    ([True, np.float16(0.5), torch.tensor(3.0)], [1, 0.5, 3]),
     (np.array([1, None, 0.5], dtype=object), [1, None, 0.5]),
     (torch.tensor([1.0, 2.0, math.nan], requires_grad=True), [1, 2, None]),
-    (torch.tensor([1, 2, 3]).bfloat16(), [1, 2, 3]),
 ]
 
 
@@ -220,19 +190,14 @@ def test_scores_may_come_in_any_numbers(images):
 
 BAD_ANSWERS = [
     (None, "None"),
-    (1.0, "1.0"),
     ([1.0], r"\[1.0\]"),
     ("123", "'123'"),
-    (["1", "2", "3"], r"\['1', '2', '3'\]"),
     ({"scores": [1, 2, 3]}, r"{'scores': \[1, 2, 3\]}"),
-    ({1.0, 2.0, 3.0}, "{1.0, 2.0, 3.0}"),
     (([1.0, 2.0, 3.0], {}), r"\(\[1.0, 2.0, 3.0\], {}\)"),
-    ([1j, 1, 1], r"\[1j, 1, 1\]"),
     ([np.zeros(2)] * 3, r"\[array\(\[0., 0.\]\)"),
     ([10**400, 1, 1], r"\[10000"),
-    (np.zeros((3, 1)), r"ndarray of shape \(3, 1\)"),
-    (np.float64(1.0), r"float64 of shape \(\)"),
-    (torch.zeros(3, dtype=torch.complex64), r"Tensor of shape \(3,\)"),
+    (np.zeros((3, 1)), r"array\(\[\[0.\]"),
+    (np.float64(1.0), ".*1.0"),
 ]
 
 
@@ -246,10 +211,8 @@ def test_an_answer_that_is_no_list_of_numbers_is_shown(images):
 MISTAKES = {  # a file; what is said of its function f
     "def f(images, prompts): return [1.0]": r"s.py:f gave \[1.0\]: give a list of 2 numbers",
     "def f(images, prompts): raise RuntimeError('no luck')": "s.py:f raised RuntimeError: no luck",
-    "def f(images, prompts): raise SystemExit(3)": "s.py:f raised SystemExit: 3",
     "def f(images, prompts): return [{'1 hand': 1.0}[p] for p in prompts]": "KeyError: 'a cat'",
     "f = 3": "s.py:f: the file has no function 'f'",
-    "": "s.py:f: the file has no function 'f'",
     "def f(:": "s.py:f cannot be loaded .SyntaxError",
     "raise SystemExit": "s.py:f cannot be loaded .SystemExit",
 }

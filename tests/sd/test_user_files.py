@@ -9,12 +9,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from sd import UserError, files
+from sd import UserError
 from sd.images import open_image
 from sd.label_files import read_label_file
 from sd.labels import read_labels
 from sd.prompts import load_prompts
-from sd.scorers import load_scorers
 
 IMAGES = ["a.png", "b.png", "c.png"]
 ROWS = [
@@ -59,7 +58,7 @@ PICTURES = [picture(kind) for kind in ("PNG", "JPEG", "BMP", "WEBP")]
 PIECES = [
     *(b"", b'"', b",", b"\t", b"\n", b"\r", b"\\", b"[", b"]", b"{", b"}", b":", b"\0", b"\xff"),
     *(b"null", b"true", b"NaN", b"-Infinity", b"1e999", b"-1", b"9" * 30, b"0.5", b"9" * 5000),
-    *(b"\xef\xbb\xbf", b"\\ud800", "\u2028".encode(), b"[" * 2000, b'""', b'"x": ', b"[[]]"),
+    *(b"\xef\xbb\xbf", b"\\ud800", "\u2028".encode(), b'""', b'"x": ', b"[[]]"),
 ]
 
 
@@ -132,24 +131,3 @@ def check_text(answer) -> None:
         assert answer and all(prompt.strip() == prompt != "" for prompt in answer)
     if isinstance(answer, list) or hasattr(answer, "describe"):
         str(answer if isinstance(answer, list) else answer.describe()).encode()
-
-
-def test_any_text_as_an_objective_is_refused_in_one_sentence(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    words = st.sampled_from([".py:", ",", "a", "/", "compressibility", ":", "\0", "é", "a" * 300])
-
-    @examples
-    @given(st.text(max_size=20) | st.lists(words, min_size=1).map("".join))
-    def check(objective):
-        try:
-            scorers = load_scorers(objective, ["a cat"])
-        except UserError as error:
-            known = ("there is no file", "is unknown: choose one", "needs network access")
-            assert any(words in str(error) for words in known)
-        else:
-            assert len(scorers) == objective.count(",") + 1
-            names = {name.strip() for name in objective.split(",")}
-            assert names <= {"compressibility", "incompressibility"}
-
-    check()
-    assert not files.read_lines(tmp_path / "none") and not list(tmp_path.iterdir())

@@ -60,19 +60,10 @@ class Killed(Exception):
 # Renderings
 
 
-def test_the_animals_are_the_papers_45_and_have_one_character_each():
-    paper = """cat dog horse monkey rabbit zebra spider bird sheep deer cow goat lion tiger bear
-        raccoon fox wolf lizard beetle kangaroo fish butterfly shark whale dolphin squirrel mouse
-        rat snake turtle frog chicken duck goose bee pig turkey fly llama camel gorilla bat ant
-        hedgehog""".split()
-    assert paper == render.NAMES
-    assert len({character for character in render.ANIMALS.values() if len(character) == 1}) == 45
-
-
 @needs_font
 def test_every_animal_is_drawn_and_no_two_alike():
     drawn = render.sprites()
-    assert list(drawn) == render.NAMES
+    assert list(drawn) == render.NAMES and len(render.NAMES) == 45
     assert min(max(sprite.size) for sprite in drawn.values()) > 100
     assert len({sprite.tobytes() for sprite in drawn.values()}) == 45
 
@@ -95,11 +86,6 @@ def test_backgrounds_differ_in_what_jpeg_makes_of_them():
     plain, gradient, *rest = (size(kind) for kind in render.BACKGROUNDS)
     assert plain < 0.75  # kB, nearly all of it header
     assert plain < gradient < min(rest)
-
-
-def test_an_unknown_background_is_refused():
-    with pytest.raises(ValueError, match="choose from plain"):
-        render.background(np.random.default_rng(0), "clouds")
 
 
 @needs_font
@@ -148,10 +134,6 @@ def test_any_prompt_becomes_tokens_and_fits_the_text_encoder(words, prompt):
     assert torch.isfinite(hidden).all()
 
 
-def test_merging_takes_pairs_from_the_left():
-    assert models.merge(["a", "a", "a", "b"], ("a", "a")) == ["aa", "a", "b"]
-
-
 def test_the_scheduler_is_that_of_stable_diffusion():
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
     alpha_bar = torch.cumprod(1 - betas, 0)
@@ -164,12 +146,6 @@ def test_the_scheduler_is_that_of_stable_diffusion():
 
 
 # Training
-
-
-def test_the_full_model_fits_in_16_mb():
-    nets = models.vae(), models.unet(), models.text_encoder(models.tokenizer())
-    parameters = sum(p.numel() for net in nets for p in net.parameters())
-    assert 2 * parameters < 15.9e6  # bytes, and a little for headers
 
 
 @needs_font
@@ -252,24 +228,15 @@ def test_a_resumed_log_loses_what_the_stop_undid_and_a_line_cut_short(tmp_path):
     assert log.read_text() == "".join(lines[:2])
 
 
-@pytest.mark.slow
-@needs_font
-def test_another_seed_makes_other_weights_and_does_not_go_on_with_the_first_ones_work(
-    quick, tmp_path, capsys
-):
-    argv = [*QUICK, "--out", str(tmp_path), "--seed", "1"]
-    assert "seed 0" in refusal([*argv, "--work", str(quick / "work")], capsys)
-    make.main(argv)
-    expected, other = weights(quick), weights(tmp_path)
-    assert not torch.equal(expected["unet.conv_in.weight"], other["unet.conv_in.weight"])
-
-
-@pytest.mark.parametrize(
-    "argv",
-    [["--quick"], ["--images", "0"], ["--lr", "inf"], ["--seed", "-1"], ["--threads=-3"]],
-)
+@pytest.mark.parametrize("argv", [["--quick"], ["--images", "0"], ["--lr", "inf"]])
 def test_bad_flags_are_refused_in_one_sentence(argv, capsys):
-    assert argv[0].split("=")[0] in refusal(argv, capsys)
+    assert argv[0] in refusal(argv, capsys)
+
+
+@needs_font
+def test_the_work_of_another_seed_is_refused(quick, tmp_path, capsys):
+    argv = [*QUICK, "--out", str(tmp_path), "--seed", "1", "--work", str(quick / "work")]
+    assert "seed 0" in refusal(argv, capsys)
 
 
 def test_the_average_lags_behind_and_needs_no_graph(tmp_path):

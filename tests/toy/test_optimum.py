@@ -221,17 +221,6 @@ def test_samples_of_one_step_are_the_shifted_gaussian():
     assert (x.T.cov() - sigma**2 * torch.eye(2)).abs().max() < 2 * sigma * error + 0.004
 
 
-def test_a_stiff_reference_leaves_the_variance_of_the_score():
-    sched, beta = schedule(5), 1e3
-    best = solve(RING, sched, worlds.reach, beta=beta)
-    x_T = torch.randn(500, 2, generator=seeded(12)).repeat_interleave(128, 0)
-    x = d3po.rollout(RING, sched, x_T, generator=seeded(13)).x[-1]
-    mean, se = mean_and_error(worlds.reach(x).view(500, 128).var(1))
-    # log E exp(r / beta) = E[r] / beta + Var(r) / (2 beta^2) + O(1 / beta^3); 2%: the grid
-    assert abs(2 * beta * (best.j_star - best.j_ref) - mean) < 3 * se + 0.02 * mean
-    assert best.score_star == pytest.approx(best.j_ref, abs=0.01)
-
-
 def test_the_best_mean_is_the_global_one():
     """Two hills, and means between them: compare with all points of a lattice 4 times as fine."""
     axis = torch.arange(-30, 31, dtype=torch.float64) / 10
@@ -261,14 +250,7 @@ def test_the_best_mean_is_the_global_one():
 
 
 @pytest.mark.parametrize(
-    "mixture, score",
-    [
-        ("ring", "reach"),
-        ("ring", "direction"),
-        ("ring", "avoid"),
-        ("grid", "reach"),
-        ("islands", "avoid"),
-    ],
+    "mixture, score", [("ring", "direction"), ("grid", "reach"), ("islands", "avoid")]
 )
 def test_order_of_the_objectives(mixture, score):
     reference = worlds.exact_denoiser(worlds.MIXTURES[mixture])
@@ -291,12 +273,6 @@ def test_halving_the_spacing_moves_results_less_than_the_stated_error():
         assert abs(value - coarse.numbers()[name]) * unit < coarse.error
     assert fine.error < coarse.error / 2  # of second order or better
     assert fine.error < 0.004
-
-
-def test_the_best_means_approach_the_optimum_as_steps_shrink():
-    solved = [solve(RING, schedule(T), worlds.reach, beta=0.3) for T in (5, 20)]
-    share = [(o.j_gauss - o.j_ref) / (o.j_star - o.j_ref) for o in solved]
-    assert share[0] + 0.05 < share[1] and share[1] > 0.9, share  # 0.83, 0.92
 
 
 def test_bad_arguments_are_refused():

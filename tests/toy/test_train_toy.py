@@ -82,23 +82,14 @@ def refused(capsys, *flags):
     "flags, words",
     [
         ("--eta 0", "eta density noise"),
-        ("--eta nan", "eta"),
         ("--beta 0", "--beta positive"),
-        ("--beta nan", "--beta"),
         ("--lr inf", "--lr"),
         ("--num-steps 1000", "1000 999"),
-        ("--num-steps -3", "-3 999"),
         ("--epochs 0", "--epochs 0"),
-        ("--epochs 2.5", "--epochs 2.5"),
-        ("--pairs 0", "--pairs 0"),
         ("--seed -1", "--seed -1"),
-        ("--replay -1", "--replay -1"),
-        ("--preference beauty", "--preference beauty reach direction avoid"),
-        ("--mixture moons", "--mixture moons ring grid islands"),
         ("--loss ppo", "--loss ppo eq14 eq12 chain"),
         ("--model flow --num-steps 1000", "1000 999"),
         ("--ep 3", "--ep"),
-        ("stray", "stray"),
         ("--out .", "--out ."),
     ],
 )
@@ -110,7 +101,7 @@ def test_bad_input_is_refused_in_one_sentence(flags, words, capsys, tmp_path, mo
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("below", ["", "run", "deep/run"])
+@pytest.mark.parametrize("below", ["", "deep/run"])
 def test_an_unwritable_folder_is_refused_before_anything_is_trained(
     below, capsys, tmp_path, monkeypatch
 ):
@@ -157,12 +148,6 @@ def test_metrics_have_the_keys_of_the_design(tiny):
     assert all(0 <= share <= 1 for share in shares)
     # the first chains are the reference's
     assert metrics[0]["margin"] == 0 and metrics[0]["accuracy"] == 0.5
-
-
-def test_the_first_update_has_the_loss_of_a_policy_that_is_the_reference(tmp_path):
-    out = run(tmp_path / "run", "--replay", "0", "--epochs", "1")
-    (row,) = rows(out / "metrics.jsonl")
-    assert row["loss"] == pytest.approx(math.log(2), abs=1e-4)  # float32 log-probs of two passes
 
 
 def test_every_comparison_is_a_row(tiny):
@@ -251,7 +236,6 @@ def test_the_same_seed_gives_the_same_bytes_and_a_loss_alone_the_same_as_beside_
         "--replay 2",
         "--lr 1e-3",
         "--reference exact",
-        "--model flow",
         "--model flow --reference exact --eta 0.5",
         "--mixture grid --preference avoid",
         "--num-steps 1",
@@ -335,13 +319,3 @@ def test_a_loss_that_breaks_in_the_third_epoch(tmp_path, monkeypatch):
     assert len(rows(out / "labels.jsonl")) == 2 * PAIRS
     for name, value in torch.load(out / "policy.pt")["chain"].items():
         assert value.isfinite().all() and torch.equal(value, weights[0][name])
-
-
-@pytest.mark.parametrize("loss", ["eq14", "chain"])
-def test_an_absurd_learning_rate_stops_the_run_with_advice(loss, tmp_path):
-    out = tmp_path / "run"
-    message = stopped(out, "--loss", loss, "--lr", "1e15", "--reference", "exact")
-    assert "epoch 1" in message or "epoch 2" in message
-    assert "--lr (now 1e+15)" in message and str(out) in message
-    for row in rows(out / "metrics.jsonl"):
-        assert all(math.isfinite(value) for key, value in row.items() if key != "loss_name")

@@ -103,11 +103,3 @@ def test_scores_at_points_computed_by_hand(name, point, value):
     x = torch.tensor(point, dtype=torch.float64).expand(2, 3, 2)
     assert SCORES[name](x).shape == (2, 3) and SCORES[name](x).dtype == torch.float64
     assert SCORES[name](x).flatten().tolist() == pytest.approx([value] * 6, abs=1e-12)
-
-
-def test_points_outside_the_disc_tie():
-    outside = torch.tensor([[2.0, 0.0], [0.0, -2.0], [-2.0, 1.0]])
-    inside = torch.tensor([[0.1, 1.9]])
-    score = worlds.avoid(outside)
-    assert d3po.preference(score, score.flip(0)).tolist() == [0, 0, 0]
-    assert d3po.preference(score[:1], worlds.avoid(inside)).tolist() == [1]
