@@ -51,7 +51,7 @@ OF_PEOPLE = {"prompts_per_epoch": 8, "eval_images": 16, "eval_every": 1}
 SOURCE_PRESETS = {
     "human": {**OF_PEOPLE, "epochs": 20, "images_per_prompt": 2},
     "tags": {**OF_PEOPLE, "epochs": 10, "images_per_prompt": 7},
-    "labels": {"eval_images": 16, "eval_every": 1},
+    "labels": {"eval_images": 16, "eval_every": 1, "warm_up": 1},  # all labels are there
 }
 # Table 2 and Sec. 5.1 (4 GPUs, 2 batches of 10 pairs each): as released, and as Alg. 1 is printed
 TABLE_2 = {
