@@ -70,11 +70,13 @@ def somebody(script: Callable) -> Iterator[None]:
             interrupt()
 
     thread = threading.Thread(target=at_the_page, daemon=True)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # workers of xdist ignore it
     thread.start()
     try:
         yield
     finally:
         thread.join(WAIT)
+        signal.signal(signal.SIGINT, before)
         if problems:
             raise problems[0]
 
