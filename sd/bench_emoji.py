@@ -53,8 +53,8 @@ SCORES = {"incompressibility": incompressibility, "alignment": classifier.log_pr
 FIGURES = {  # of the page -> run and the file of its folder
     "compressibility": (CHAIN, "progress.png"),
     "curve": (CHAIN, "reward_curve.png"),
-    "incompressibility": ("incompressibility", "before_after.png"),
-    "alignment": ("alignment", "before_after.png"),
+    "incompressibility": ("incompressibility", "progress.png"),
+    "alignment": ("alignment", "progress.png"),
 }
 JOBS = [Job({"name": name}, settings) for name, settings in RUNS.items()]
 

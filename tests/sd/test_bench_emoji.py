@@ -29,7 +29,7 @@ def test_a_run_makes_page_figures_and_lora(tmp_path, monkeypatch):
     job = Job({"name": CHAIN}, {**bench_emoji.RUNS[CHAIN], **tiny, "eval_images": 8})
     monkeypatch.setattr(bench_emoji, "JOBS", [job])
     monkeypatch.setattr(bench_emoji, "JUDGED", 8)
-    figures = {"curve": (CHAIN, "reward_curve.png"), "both": (CHAIN, "before_after.png")}
+    figures = {"curve": (CHAIN, "reward_curve.png"), "both": (CHAIN, "progress.png")}
     monkeypatch.setattr(bench_emoji, "FIGURES", figures)
     page = tmp_path / "emoji_runs.md"
     page.write_text(f"# By hand\n{bench_emoji.MARK}{bench_emoji.MARK}also by hand\n")
