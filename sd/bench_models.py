@@ -206,16 +206,17 @@ class ToReal(torch.autograd.Function):
 def take_real(pipe: DiffusionPipeline) -> None:
     """Let a network on the meta device take and give real tensors, and stay where it is."""
     network = getattr(pipe, NETWORKS[type(pipe)])
-    forward = network.forward
+    kind = type(network)
 
-    @wraps(forward)
-    def without_data(*args, **kwargs):
+    @wraps(kind.forward)
+    def without_data(network, *args, **kwargs):
         inputs = map_tensors(lambda x: x.to("meta"), {**dict(enumerate(args)), **kwargs})
         args = [inputs.pop(n) for n in range(len(args))]
-        output = forward(*args, **{**inputs, "return_dict": False})[0]
+        output = kind.forward(network, *args, **{**inputs, "return_dict": False})[0]
         return (ToReal.apply(output.float()),)
 
-    network.forward = without_data
+    # As the class's, for `load_model` drops what accelerate puts on the instance
+    network.__class__ = type(kind.__name__, (kind,), {"forward": without_data})
     network.to = lambda *_, **__: network
     pipe.to = lambda *_, **__: pipe
 

@@ -148,7 +148,8 @@ def test_what_is_counted_without_data_is_what_a_pass_with_data_takes(name):
         counted = counts(load)
     for one, other in zip(real, counted, strict=True):
         assert one["rows"] == other["rows"] and one["gflop"] == pytest.approx(other["gflop"])
-        assert one["grown_gb"] == pytest.approx(other["grown_gb"], rel=0.04)  # text is real
+        # Text and latents are real: some kB, which count beside so small a model
+        assert one["grown_gb"] == pytest.approx(other["grown_gb"], rel=0.05)
 
 
 def test_ratios_are_those_of_neighbours_for_each_pair_and_step(setup, monkeypatch):
