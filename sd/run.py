@@ -464,27 +464,32 @@ class Run:
         config.json keeps it as rounding_kl. Raises UserError for a limit below it.
         """
         args, file = self.args, self.folder / "config.json"
-        if args.precision == "fp32" or "rounding_kl" in (config := files.read_json(file)):
+        if args.precision == "fp32":
             return
-        model, numbers = self.model, self.model.eval_prompts[:ROUNDING_IMAGES]
-        batch = sample(
-            model,
-            model.sampler,
-            numbers,
-            images_per_prompt=1,
-            generators=[
-                seeded_generator(args.seed, RandomPurpose.HELD_OUT, n) for n in range(len(numbers))
-            ],
-        )
-        kl = model.rounding_kl(batch, args.trained_steps)
-        files.save_json(file, {**config, "rounding_kl": kl})
+        config = files.read_json(file)
+        if (kl := config.get("rounding_kl")) is None:
+            kl = self.measure_rounding()
+            files.save_json(file, {**config, "rounding_kl": kl})
         message = f"In {args.precision} rounding alone adds {kl:.2g} nats to the KL"
-        self.bar.write(f"{message}: log-ratios are not exactly 0 before training either.")
         if kl > (args.max_kl or math.inf):
             raise UserError(
                 f"{message}, more than --max-kl {args.max_kl:g}: take --precision fp32, or fp16 "
                 "in place of bf16, or a larger --max-kl"
             )
+
+    def measure_rounding(self) -> float:
+        """`Model.rounding_kl` on a few held-out images."""
+        args, model = self.args, self.model
+        numbers = model.eval_prompts[:ROUNDING_IMAGES]
+        held_out = RandomPurpose.HELD_OUT
+        noises = [seeded_generator(args.seed, held_out, n) for n in range(len(numbers))]
+        batch = sample(model, model.sampler, numbers, images_per_prompt=1, generators=noises)
+        kl = model.rounding_kl(batch, args.trained_steps)
+        self.bar.write(
+            f"In {args.precision} rounding alone adds {kl:.2g} nats to the KL: log-ratios are not "
+            "exactly 0 before training either."
+        )
+        return kl
 
     def metrics(self) -> list[dict]:
         """Rows of metrics.jsonl."""
