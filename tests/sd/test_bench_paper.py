@@ -95,53 +95,60 @@ def test_the_unseen_animals_are_a_fifth_of_the_45_and_no_others():
     assert unseen == animals[4::5] and seen == [a for a in animals if a not in unseen]
 
 
-def sweep_runs(values, gains, *, animals=1.0):
+def sweep_runs(lr, beta, gains, *, animals=1.0):
     """Of a point: every task and seed; gains: of the tasks."""
     runs = []
     for task, gain in zip(bench_sweep.TASKS, gains, strict=True):
         for seed in bench_sweep.SEEDS:
-            point = bench_sweep.CENTRE | values
             end = {"score": -2.0 + gain, "animals": animals if task == "warm" else 1.0}
+            point = {"lr": lr, "beta": beta, "replay": 4, "warm_up": 3}
             runs.append(result({}, end, task=task, seed=seed, **point))
     return runs
 
 
 def test_the_sweep_chooses_by_all_tasks_together_and_keeps_the_animals_in_each():
     points = bench_sweep.summary(
-        sweep_runs({"lr": 1e-3, "beta": 0.1}, (0.4, 0.1, 1, 1, 1))
-        + sweep_runs({"lr": 1e-3, "beta": 0.2}, (0.2, 0.4, 1, 1, 1))
-        + sweep_runs({"lr": 5e-3, "beta": 0.1}, (9, 9, 9, 9, 9), animals=0.96)
-        + sweep_runs({"lr": 5e-3, "beta": 0.2}, (9, 9, 9, 9, 9))[1:]  # not complete
+        sweep_runs(1e-3, 0.1, (0.4, 0.1, 1, 1, 1))
+        + sweep_runs(1e-3, 0.2, (0.2, 0.4, 1, 1, 1))
+        + sweep_runs(5e-3, 0.1, (9, 9, 9, 9, 9), animals=0.96)
+        + sweep_runs(5e-3, 0.2, (9, 9, 9, 9, 9))[1:]  # not complete
     )
-    assert len(points) == 3
     scores = bench_sweep.scores(points)
+    assert len(points) == 4 and len(scores) == 3
     expected = np.mean([0.2 / 9, 0.4 / 9, *[1 / 9] * 3])
     assert scores[1e-3, 0.2, 4, 3] == pytest.approx(expected)
     assert bench_sweep.best(points) == (1e-3, 0.2, 4, 3)
     page = bench_sweep.page(points)
     assert page.count("| x |") == len(bench_sweep.TASKS)
-    assert "| 0.005 | 0.1 | 4 | 3 | warm | +9.000 | 96.0% | 1.0 | 1.00 |" in page
+    assert "| 0.005 | 0.1 | 4 | 3 | warm | +9.000 | 96.0% | 1.0 | 2 | 1.00 |" in page
+
+
+def test_a_point_that_loses_animals_in_one_run_is_dropped():
+    runs = sweep_runs(1e-3, 0.1, [1] * 5, animals=0.96) + sweep_runs(
+        5e-3, 0.1, [1] * 5, animals=0.94
+    )
+    assert not bench_sweep.dropped({"lr": 1e-3, "beta": 0.1}, runs)
+    assert bench_sweep.dropped({"lr": 5e-3, "beta": 0.1}, runs)
+    assert not bench_sweep.dropped({"lr": 5e-3, "beta": 0.3}, runs)
 
 
 def test_every_point_of_the_sweep_is_a_call():
-    for values in (
-        *bench_sweep.GRID,
-        *({"lr": 1e-3, "beta": 0.1, **v} for v in bench_sweep.AROUND),
-    ):
-        for job in bench_sweep.jobs_at(values):
-            asked = {"objective": "human"} if job.key["task"] in bench_sweep.PEOPLE else {}
-            args = options.make_settings(**job.settings, **asked, device="cpu")
+    around = [bench_sweep.GRID[0] | values for values in bench_sweep.AROUND]
+    for point in (*bench_sweep.GRID, *around):
+        for task in bench_sweep.TASKS:
+            job = bench_sweep.job_at(point, task, 5)
+            person = {"objective": "human"} if task in bench_sweep.PEOPLE else {}
+            args = options.make_settings(**job.settings, **person, device="cpu")
             assert (args.loss, args.eval_every) == ("chain", 1)
-            assert values.items() <= vars(args).items()
+            assert point.items() <= vars(args).items()
 
 
 def test_the_committed_page_has_the_committed_numbers():
     page = (bench.RESULTS / "paper.md").read_text()
     runs = bench.finished(bench.RESULTS / "paper.json", make_jobs([*PANELS], SEEDS))
     assert page.split(bench_paper.MARK)[1] == bench_paper.page(runs)
-    jobs = [job for values in bench_sweep.GRID for job in bench_sweep.jobs_at(values)]
-    points = bench_sweep.summary(bench.finished(bench.RESULTS / "sweep.json", jobs))
-    assert bool(points) == ("| chosen |" in page.split(bench_sweep.MARK)[1])
+    points = bench_sweep.summary(bench_sweep.runs_that_ended())
+    assert page.split(bench_sweep.MARK)[1] == bench_sweep.page(points)
     for figure in bench_paper.FIGURES:
         assert (f"({figure})" in page) <= (bench.RESULTS / figure).exists()
 
