@@ -150,14 +150,14 @@ def test_the_common_flags_fill_a_screen_and_help_shows_each_default(monkeypatch)
     text = options.build_parser().format_help()
     first = text.split("\n\nwhat to learn:\n")[0].splitlines()
     assert len(first) <= 40 and max(map(len, first)) <= 80
-    entries = re.split(r"\n  (?=--)", text.split("\n\ndefaults of their own")[0])[1:]
+    entries = re.split(r"\n  (?=--)", text.split("\n\nother defaults")[0])[1:]
     helps = {entry.split()[0].rstrip(","): "".join(entry.split()) for entry in entries}
     assert helps.keys() == {options.flag_of(name) for name in options.FLAGS}
     for name, option in options.FLAGS.items():
         if type(option.default) in (int, float, str):
             assert f"(default:{option.default})" in helps[options.flag_of(name)]
     without = {flag for flag, shown in helps.items() if "default" not in shown}
-    assert without == {"--objective", "--labels", "--resume", "--evaluate"}
+    assert without == {"--objective", "--labels", "--resume", "--evaluate", "--dry-run"}
 
 
 @pytest.mark.slow
