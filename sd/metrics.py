@@ -133,15 +133,16 @@ def label_counts(rows: list[dict]) -> dict:
     }
 
 
-def nothing_to_learn(run: Path) -> str | None:
+def nothing_to_learn(run: Path, objective: str | None) -> str | None:
     """Why a run cannot go on, where no label of its last TIED_EPOCHS epochs says what is better."""
     last = files.read_lines(run / "metrics.jsonl")[-TIED_EPOCHS:]
     if [row.get("preferences") for row in last] != [0] * TIED_EPOCHS:
         return None
     return (
-        f"No label of the epochs {last[0]['epoch']} to {last[-1]['epoch']} says which image is "
-        f"better, so there is nothing to learn: compare {run / 'labels.jsonl'} with its images, "
-        "and give another --objective if this one cannot tell them apart"
+        f"No label of {epoch_word(objective)}s {last[0]['epoch']} to {last[-1]['epoch']} says "
+        f"which image is better, so there is nothing to learn: compare {run / 'labels.jsonl'} with "
+        "its images, and start a new run with another --objective if this one cannot tell them "
+        "apart"
     )
 
 
@@ -211,31 +212,31 @@ def format_metrics(
     watch: str = "watched score",
     max_kl: float | None = None,
 ) -> str:
-    """A row of metrics.jsonl as a line for people, with its warnings.
+    """A row of metrics.jsonl as a few lines for people, with its warnings.
 
     initial: the initial model's scores; objective, watch, max_kl: as in config.json.
     """
-    measure, share = measure_of(objective), row["eval_win_rate"]
-    sentences = [f"{epoch_word(objective)} {row['epoch']} of {last_epoch}"]
-    if row["score"] is not None:
-        sentences.append(f"New images: {measure.say(row['score'])}")
-    if row["eval_score"] is not None:
-        preferred = "" if share is None else f", {percent(share)} preferred"
-        held_out = measure.say(row["eval_score"], initial["eval_score"])
-        sentences.append(f"Held-out images: {held_out}{preferred}")
-    if row["watched"] is not None:
-        sentences.append(measure_of(watch).say(row["watched"], initial["watched"]))
-    if row["accuracy"] is not None:
-        sentences.append(f"Agreed with {percent(row['accuracy'])} of the labels before training")
-    sentences += [describe_kl(row, max_kl)]
+    measure, share, accuracy = measure_of(objective), row["eval_win_rate"], row["accuracy"]
     sampling, training = row["seconds_sample"], row["seconds_train"]
-    sentences.append(f"{sampling:.0f} s of sampling, {training:.0f} s of training")
+    epoch = f"{epoch_word(objective)} {row['epoch']} of {last_epoch}"
+    lines = [[f"{epoch}: {sampling:.0f} s of sampling, {training:.0f} s of training"]]
+    if row["eval_score"] is not None:
+        held_out = f"held-out images: {measure.say(row['eval_score'], initial['eval_score'])}"
+        better = "" if share is None else f", {percent(share)} of them are better"
+        lines.append([held_out + better])
+    elif row["score"] is not None:
+        lines[0].append(f"new images: {measure.say(row['score'])}")
+    if row["watched"] is not None:
+        lines.append([measure_of(watch).say(row["watched"], initial["watched"])])
+    agreement = None if accuracy is None else f"agreement with the new labels: {percent(accuracy)}"
+    lines.append([agreement, describe_kl(row, max_kl)])
     if row["unscored"]:
-        sentences.append(f"{row['unscored']} images have no score and are in no label")
+        lines.append([f"images without a score, in no label: {row['unscored']}"])
     if row["skipped"]:
-        sentences.append(f"{row['skipped']} updates skipped: their gradient overflowed")
-    sentences += [f"WARNING: {warning}" for warning in row["warnings"]]
-    return " ".join(as_sentence(words) for words in sentences if words)
+        lines.append([f"updates skipped, as their gradient overflowed: {row['skipped']}"])
+    lines += [[f"WARNING: {warning}"] for warning in row["warnings"]]
+    texts = [" ".join(as_sentence(words) for words in line if words) for line in lines]
+    return "\n  ".join(text for text in texts if text)
 
 
 def describe_kl(row: dict, max_kl: float | None) -> str | None:

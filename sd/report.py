@@ -231,6 +231,7 @@ def ending(folder: Path, epochs: int, objective: str | None) -> str:
         f"The LoRA: {folder / 'lora'}",
         f"The report: {folder / 'report.html'}",
         f"Evaluate: python sd_demo.py --evaluate {folder}{by_people}",
-        f"Go on: python sd_demo.py --resume {folder} --epochs {2 * max(epochs, 1)}",
     ]
+    if not settings_of(folder).stopped:  # else its reason says how
+        lines.append(f"Go on: python sd_demo.py --resume {folder} --epochs {2 * max(epochs, 1)}")
     return "\n".join(lines)

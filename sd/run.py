@@ -72,7 +72,13 @@ def load(args: Settings) -> Setup:
     accelerator = make_accelerator(args.precision, args.device)
     check_batches(args, accelerator.num_processes)
     check_page(args, accelerator)
-    bar = tqdm(unit=" passes", mininterval=0.5, delay=0.1, disable=not is_shown(args, accelerator))
+    bar = tqdm(
+        desc="evaluation" if args.evaluate else "before training",
+        bar_format="{desc}: pass {n_fmt} through the network, {elapsed}",
+        mininterval=0.5,
+        delay=0.1,
+        disable=not is_shown(args, accelerator),
+    )
     groups = read_label_groups(args, accelerator)
     of_labels = list(dict.fromkeys(group.prompt for group in groups))
     prompts = read_prompts(args.prompts, "--prompts") or of_labels
@@ -149,35 +155,34 @@ def describe(setup: Setup) -> str:
     args, model = setup.args, setup.model
     row, device = args.row(), str(model.network.device)
     if not torch.cuda.is_available():
-        device += ", as there is no CUDA GPU"
+        device += " (there is no CUDA GPU)"
     D, weights = math.prod(model.latent_shape), sum(weight.numel() for weight in model.lora)
     first = " ".join(model.prompts[0].split())
     lines = [
-        f"{row['model']} on {device}; {args.precision}; LoRA rank {args.lora_rank}: "
-        f"{weights / 1e6:.2f} M weights.",
-        f"Prompts of {row['prompts'] or row['labels']}: {len(model.prompts)}, first: {first:.80}",
+        f"Model: {row['model']} on {device}, in {args.precision}, with a LoRA of rank "
+        f"{args.lora_rank} ({weights / 1e6:.2f} M weights).",
+        f"Prompts: {len(model.prompts)} of {row['prompts'] or row['labels']}, first: {first:.80}",
     ]
     if setup.label_groups:
         lines.append(f"{len(setup.label_groups)} groups of --labels are trained on first.")
     if args.evaluate:
         lines.append(
-            f"Initial and tuned model draw {args.eval_images} images from the same noises, "
-            f"compared by {row['objective']}; then at the pipeline's own settings."
+            f"The initial and the tuned model draw {args.eval_images} images each from the same "
+            f"starting noises, compared by {row['objective']}; then the same at the pipeline's own "
+            "settings."
         )
     elif args.objective:
-        again = f", and {args.replay} batches of earlier ones" if args.replay else ""
+        again = f", and {args.replay} batches of earlier labels" if args.replay else ""
         images = args.prompts_per_epoch * args.images_per_prompt
         epoch = "A round" if args.by_people else "An epoch"
         lines.append(
-            f"Objective {row['objective']}. {epoch}: {images} images in {args.prompts_per_epoch} "
-            f"groups, {labels_of_epoch(args)} labels{again}."
+            f"Objective: {row['objective']}. {epoch} has {images} images in "
+            f"{args.prompts_per_epoch} groups, with {labels_of_epoch(args)} labels{again}."
         )
-    if args.loss == "chain" and not args.evaluate:
-        lines.append(options.METHOD)
     if not args.evaluate:
         lines.append(
-            f"--loss {args.loss}, beta {args.beta:.3g} per nat of a log-ratio summed over {D:,} "
-            f"latent elements ({args.beta * D:.3g} for their mean, as in the released code)."
+            f"Method: --loss {args.loss}, beta {args.beta:.3g} per nat of a log-ratio summed over "
+            f"{D:,} latent elements ({args.beta * D:.3g} for their mean, as in the released code)."
         )
     return "\n".join([*lines, f"Memory: about {memory_gb(model, args):.1f} GB."])
 
@@ -255,6 +260,11 @@ class Run:
         return self.accelerator.is_main_process
 
     @property
+    def word(self) -> str:
+        """How people read of an epoch."""
+        return metrics.epoch_word(self.args.row()["objective"])
+
+    @property
     def last_epoch(self) -> int:
         return self.label_epochs + (self.args.epochs if self.args.objective else 0)
 
@@ -264,7 +274,7 @@ class Run:
         self.epoch, self.batches = epoch, 0
         self.rows, self.losses, self.log_ratios, self.overflows = [], [], [], []
         self.optimizer.param_groups[0]["lr"] = learning_rate(self.args, epoch, self.last_epoch)
-        self.bar.set_description(f"epoch {epoch}/{self.last_epoch}", refresh=False)
+        self.bar.set_description_str(f"{self.word} {epoch} of {self.last_epoch}", refresh=False)
         self.started = time.perf_counter()
 
     def sample(self, epoch: int) -> list[Batch]:
@@ -385,9 +395,10 @@ class Run:
         self.last_overflows = (self.last_overflows + self.overflows)[-MAX_SKIPPED:]
         finite = all(weight.isfinite().all() for weight in self.model.lora)
         if sum(self.last_overflows) == MAX_SKIPPED or not finite:
-            remedy = f"lower --lr (now {self.args.lr:g}) or take --precision fp32"
-            problem = "gradients or weights are not finite any more"
-            raise UserError(f"Epoch {self.epoch}: {problem}; {remedy}")
+            problem = f"{self.word.capitalize()} {self.epoch}: gradients or weights are not finite"
+            remedy = f"start a new run with a lower --lr (now {self.args.lr:g})"
+            other = "" if self.args.precision == "fp32" else " or with --precision fp32"
+            raise UserError(f"{problem} any more: {remedy}{other}", needs_new_run=True)
         self.average.update(self.epoch)
         return Epoch(
             self.epoch,
@@ -410,7 +421,7 @@ class Run:
         stop, problem = broadcast_object_list([stop, problem])
         if problem:
             self.close(problem)
-            raise UserError(problem)
+            raise UserError(problem, needs_new_run=True)
         return stop
 
     def record_on_main(self, epoch: Epoch) -> tuple[bool, str | None]:
@@ -433,7 +444,7 @@ class Run:
             self.page.status(f"Drawing the images of round {epoch.number + 1 - self.label_epochs}")
             if self.page.finished:
                 return True, None
-        return False, metrics.nothing_to_learn(self.folder)
+        return False, metrics.nothing_to_learn(self.folder, config["objective"])
 
     def metrics_row(self, epoch: Epoch) -> dict:
         result = None
@@ -540,7 +551,8 @@ class Run:
 
     def record_stop(self, epoch: int) -> None:
         """Say, in config.json and the report too, why a run ends before this epoch is kept."""
-        reason = describe_stop(self.args, epoch, self.folder)
+        last = f"{self.word} {epoch - 1}" if epoch > 1 else None
+        reason = describe_stop(self.args.max_kl, last, self.folder)
         file = self.folder / "config.json"
         files.save_json(file, files.read_json(file) | {"stopped": reason})
         report.write(self.folder, epoch - 1, self.code())
@@ -616,11 +628,11 @@ def is_evaluated(args: Settings, epoch: int, last_epoch: int) -> bool:
     return epoch % args.eval_every == 0 or epoch == last_epoch
 
 
-def describe_stop(args: Settings, epoch: int, folder: Path) -> str:
-    """Why a run ends early, and what can be done."""
-    kept = f"the model of epoch {epoch - 1}" if epoch > 1 else "nothing: try a smaller --lr"
-    again = f"python sd_demo.py --resume {folder} --max-kl {2 * args.max_kl:g}"
-    return f"The KL is above --max-kl {args.max_kl:g}: the run stops and keeps {kept}. On: {again}"
+def describe_stop(max_kl: float, last_good: str | None, folder: Path) -> str:
+    """Why a run ends early, and what can be done. last_good: such as "epoch 3"."""
+    kept = f"the model of {last_good}" if last_good else "nothing: try a smaller --lr"
+    again = f"python sd_demo.py --resume {folder} --max-kl {2 * max_kl:g}"
+    return f"The KL is above --max-kl {max_kl:g}: the run stops and keeps {kept}. Go on: {again}"
 
 
 def image_files(epoch: int, groups: list[int], images_per_prompt: int) -> list[str]:
@@ -660,7 +672,11 @@ def open_run(setup: Setup) -> Iterator[Run]:
         except (UserError, KeyboardInterrupt) as error:
             if folder is None:
                 raise
-            raise UserError(f"{reason_of(error)} {advice(folder, args)}") from error
+            message = f"{reason_of(error)} {what_is_kept(folder, args)}."
+            if not getattr(error, "needs_new_run", False):
+                verb = "--evaluate" if args.evaluate else "--resume"
+                message += f" Go on with: python sd_demo.py {verb} {folder}"
+            raise UserError(message) from error
         finally:
             setup.bar.close()
             model.release()
@@ -670,11 +686,10 @@ def reason_of(error: BaseException) -> str:
     return "Stopped." if isinstance(error, KeyboardInterrupt) else f"{error}. The run stops."
 
 
-def advice(folder: Path, args: Settings) -> str:
+def what_is_kept(folder: Path, args: Settings) -> str:
     trained = (folder / "lora" / files.LORA_FILE).exists()
-    kept = "keeps the model of the last good epoch" if trained else "has no model yet"
-    verb = "--evaluate" if args.evaluate else "--resume"
-    return f"{folder} {kept}. Go on with: python sd_demo.py {verb} {folder}"
+    last = f"the last good {metrics.epoch_word(args.row()['objective'])}"
+    return f"{folder} {f'keeps the model of {last}' if trained else 'has no model yet'}"
 
 
 def make_run(setup: Setup, folder: Path) -> Run:

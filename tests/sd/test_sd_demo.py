@@ -509,7 +509,7 @@ def test_steps_rates_passes_and_metrics_of_each_epoch(tiny, scorers, tmp_path, m
 def test_epochs_of_ties_train_nothing_and_three_of_them_end_a_run(tiny, scorers, tmp_path, capsys):
     out = tmp_path / "run"
     flags = "--images-per-prompt 3 --prompts hand --batch-size 1 --epochs 9"
-    sentence = f"No label of the epochs 1 to 3 says which .* {out} keeps the model"
+    sentence = f"No label of epochs 1 to 3 says which .* {out} keeps the model"
     with pytest.raises(UserError, match=sentence) as ended:
         run(tiny, out, f"{scorers}:same", flags)
     assert "\n" not in str(ended.value)
