@@ -519,13 +519,13 @@ def saved_settings(folder: Path, typed: dict) -> dict:
         config = files.read_json(folder / "config.json")
         saved = {name: config[name] for name in SAVED}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        message = f"{folder} is no run of sd_demo.py: it has no config.json with its settings"
+        message = f"{folder} is not the folder of a run: it has no config.json with its settings"
         raise UserError(message) from error
     fixed = SAVED - ON_RESUME if typed.get("resume") else {"model", "lora_rank"}
     for name in sorted(fixed & typed.keys()):
         if describe(typed[name]) != saved[name]:
             remedy = f"{folder} was started with {flag_of(name)} {saved[name]}"
-            raise UserError(f"{remedy}: give the same, or a new run")
+            raise UserError(f"{remedy}: give the same, or start a new run")
     needed = FROM_PYTHON if typed.get("resume") else FROM_PYTHON - {"labeller"}
     missing = [
         f"{name}={saved[name][1:-1]}"
@@ -581,23 +581,24 @@ def problems(args: Settings) -> dict[str, bool]:
         ),
         "--prompts: give animals, hand, unsafe or a file": not args.prompts and not args.labels,
         "--height and --width: give both, or none": bool(args.height) != bool(args.width),
-        "--labels and --replay draw trajectories anew, which nobody sampled: they need "
+        "--labels and --replay train on trajectories that no model sampled: give "
         "--reference initial": redrawn and not of_initial,
         f"--images-per-prompt {K}: a preference needs 2 or more": K < 2,
         f"--skip-last {args.skip_last}: some of the --num-steps {T} must be left": (
             args.skip_last >= T
         ),
-        "--loss chain has one loss for a chain: give no --update-every timestep": (
+        "--loss chain has one loss for all steps: leave out --update-every timestep": (
             args.loss == "chain" and args.update_every == "timestep"
         ),
         f"--clip {args.clip}: give a number below 1": (args.clip or 0) >= 1,
-        f"{loss} clamps no ratio: give no --clip": (
+        f"{loss} clamps no ratio: leave out --clip": (
             args.clip and args.loss not in ("eq14", "eq12", "ddpo")
         ),
         f"{loss} needs a --beta above 0": args.beta == 0 and args.loss != "sft",
-        f"{loss} learns from one score of each new image: give one scorer as --objective, no "
-        "--labels and no --replay": args.loss in SCORED and not (args.evaluate or scores_all(args)),
-        f"{loss} has the initial model as reference: give --reference initial": (
+        f"{loss} learns from one score of each new image: give one scorer as --objective, and "
+        "neither --labels nor --replay": args.loss in SCORED
+        and not (args.evaluate or scores_all(args)),
+        f"{loss} compares with the initial model: give --reference initial": (
             args.loss not in OF_PAIRS and not of_initial
         ),
         f"--device {args.device} is not on this machine: give another, or auto": (
