@@ -133,14 +133,15 @@ def label_counts(rows: list[dict]) -> dict:
     }
 
 
-def nothing_to_learn(run: Path) -> str | None:
+def nothing_to_learn(run: Path, objective: str | None) -> str | None:
     """Why a run cannot go on, where no label of its last TIED_EPOCHS epochs says what is better."""
     last = files.read_lines(run / "metrics.jsonl")[-TIED_EPOCHS:]
     if [row.get("preferences") for row in last] != [0] * TIED_EPOCHS:
         return None
     return (
-        f"No label of the epochs {last[0]['epoch']} to {last[-1]['epoch']} says which image is "
-        f"better, so there is nothing to learn: compare {run / 'labels.jsonl'} with its images, "
+        f"No label of {epoch_word(objective)}s {last[0]['epoch']} to {last[-1]['epoch']} says "
+        "which image is better, so there is nothing to learn: compare "
+        f"{run / 'labels.jsonl'} with its images, "
         "and give another --objective if this one cannot tell them apart"
     )
 
@@ -211,31 +212,33 @@ def format_metrics(
     watch: str = "watched score",
     max_kl: float | None = None,
 ) -> str:
-    """A row of metrics.jsonl as a line for people, with its warnings.
+    """A row of metrics.jsonl in lines for people: the epoch, what was measured, warnings.
 
     initial: the initial model's scores; objective, watch, max_kl: as in config.json.
     """
     measure, share = measure_of(objective), row["eval_win_rate"]
-    sentences = [f"{epoch_word(objective)} {row['epoch']} of {last_epoch}"]
-    if row["score"] is not None:
-        sentences.append(f"New images: {measure.say(row['score'])}")
-    if row["eval_score"] is not None:
-        preferred = "" if share is None else f", {percent(share)} preferred"
-        held_out = measure.say(row["eval_score"], initial["eval_score"])
-        sentences.append(f"Held-out images: {held_out}{preferred}")
-    if row["watched"] is not None:
-        sentences.append(measure_of(watch).say(row["watched"], initial["watched"]))
-    if row["accuracy"] is not None:
-        sentences.append(f"Agreed with {percent(row['accuracy'])} of the labels before training")
-    sentences += [describe_kl(row, max_kl)]
     sampling, training = row["seconds_sample"], row["seconds_train"]
-    sentences.append(f"{sampling:.0f} s of sampling, {training:.0f} s of training")
+    first = [f"{epoch_word(objective)} {row['epoch']} of {last_epoch}"]
+    if row["score"] is not None:
+        first.append(f"New images: {measure.say(row['score'])}")
+    first.append(f"{sampling:.0f} s of sampling, {training:.0f} s of training")
+    lines = []
+    if row["eval_score"] is not None:
+        better = "" if share is None else f", {percent(share)} better"
+        held_out = measure.say(row["eval_score"], initial["eval_score"])
+        lines.append(f"Held-out images: {held_out}{better}")
+    if row["watched"] is not None:
+        lines.append(measure_of(watch).say(row["watched"], initial["watched"]))
+    if row["accuracy"] is not None:
+        share = percent(row["accuracy"])
+        lines.append(f"Before training on the new labels the model agreed with {share} of them")
+    lines.append(describe_kl(row, max_kl))
     if row["unscored"]:
-        sentences.append(f"{row['unscored']} images have no score and are in no label")
+        lines.append(f"Images without a score, in no label: {row['unscored']}")
     if row["skipped"]:
-        sentences.append(f"{row['skipped']} updates skipped: their gradient overflowed")
-    sentences += [f"WARNING: {warning}" for warning in row["warnings"]]
-    return " ".join(as_sentence(words) for words in sentences if words)
+        lines.append(f"Updates skipped, as their gradient overflowed: {row['skipped']}")
+    lines += [f"WARNING: {warning}" for warning in row["warnings"]]
+    return "\n  ".join([" ".join(map(as_sentence, first)), *map(as_sentence, filter(None, lines))])
 
 
 def describe_kl(row: dict, max_kl: float | None) -> str | None:
@@ -250,6 +253,11 @@ def describe_kl(row: dict, max_kl: float | None) -> str | None:
 def epoch_word(objective: str | None) -> str:
     """How an epoch is called to who reads of it."""
     return "round" if objective in PEOPLE else "epoch"
+
+
+def count(number: int, word: str) -> str:
+    """A number of things: 1 epoch, 2 epochs."""
+    return f"{number:,} {word}" if number == 1 else f"{number:,} {word}s"
 
 
 def as_sentence(words: str) -> str:

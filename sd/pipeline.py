@@ -380,7 +380,8 @@ def check_finite(values: Tensor, names: list[str], part: str, dtype: torch.dtype
     raise UserError(
         f"{len(broken)} of {len(names)} images are not finite: {listed}. What {part} gave in "
         f"{precision} is NaN or infinite. Nothing of them is kept; start a new run with a lower "
-        f"--lr, or {remedy}"
+        f"--lr, or {remedy}",
+        new_run=True,
     )
 
 

@@ -7,7 +7,7 @@ from argparse import Namespace
 from pathlib import Path
 
 from sd import files
-from sd.metrics import as_sentence, describe_kl, epoch_word, percent, wilson
+from sd.metrics import as_sentence, count, describe_kl, epoch_word, percent, wilson
 from sd.options import PEOPLE
 from sd.scorers import measure_of, split_objective
 
@@ -45,9 +45,9 @@ def result_sentences(folder: Path) -> list[str]:
     if not rows:
         return ["No epoch is done, so nothing is learned yet."]
     last = rows[-1]
-    preferences = f"{last['labels']:,} preferences {source(settings)}"
-    epochs = f"{last['epoch']} {epoch_word(settings.objective)}s"
-    sentences = [f"Trained on {preferences} in {epochs} of D3PO."]
+    preferences = f"{count(last['labels'], 'preference')} {source(settings)}"
+    epochs = count(last["epoch"], epoch_word(settings.objective))
+    sentences = [f"Trained on {preferences}, in {epochs}."]
     evaluation = folder / "evaluation.json"
     result = files.read_json(evaluation) if evaluation.exists() else {}
     if result.get("epoch") == last["epoch"]:
@@ -223,14 +223,14 @@ def collect_warnings(folder: Path) -> list[str]:
 def ending(folder: Path, epochs: int, objective: str | None) -> str:
     """The result of a run, where its LoRA is, and what can be done with it.
 
-    epochs: those that are done. Labels that were there already are compared by a blind test.
+    epochs: those that are done, as --epochs counts them. After --labels alone people compare.
     """
     by_people = "" if objective else " --objective human"
     lines = [
         *result_sentences(folder),
         f"The LoRA: {folder / 'lora'}",
         f"The report: {folder / 'report.html'}",
-        f"Evaluate: python sd_demo.py --evaluate {folder}{by_people}",
-        f"Go on: python sd_demo.py --resume {folder} --epochs {2 * max(epochs, 1)}",
+        f"To compare it with the initial model: python sd_demo.py --evaluate {folder}{by_people}",
+        f"To go on: python sd_demo.py --resume {folder} --epochs {2 * max(epochs, 1)}",
     ]
     return "\n".join(lines)

@@ -98,9 +98,9 @@ ROW = {
 }
 EVALUATED = {"eval_score": -1.0, "eval_win_rate": 0.9}
 LINES = [  # what differs from ROW, and sentences of the line
-    ({}, ["Epoch 3 of 9. New images: JPEG size 2.00 kB. Agreed with 75 % of the labels"]),
-    ({}, ["1 s of sampling, 2 s of training."]),
-    (EVALUATED, ["Held-out images: JPEG size 1.00 kB (before: 2.50 kB), 90 % preferred."]),
+    ({}, ["Epoch 3 of 9. New images: JPEG size 2.00 kB. 1 s of sampling, 2 s of training.\n"]),
+    ({}, ["\n  Before training on the new labels the model agreed with 75 % of them."]),
+    (EVALUATED, ["Held-out images: JPEG size 1.00 kB (before: 2.50 kB), 90 % better."]),
     ({"eval_kl": 4.25}, ["The KL to the initial model is 4.2 of at most 30 nats."]),
     (
         {"watched": 0.8},
@@ -110,10 +110,10 @@ LINES = [  # what differs from ROW, and sentences of the line
     ({"kl_trained": metrics.KL_LIMIT + 1.0}, ["WARNING: the KL", "progress.png"]),
     ({"eval_kl": 1.0, "kl_trained": metrics.KL_LIMIT + 1.0}, ["KL to the initial model is 1.0 of"]),
     ({"watched": 0.44}, ["WARNING: what --watch measures fell from 0.5 to 0.44"]),
-    ({"skipped": 2}, ["2 updates skipped"]),
-    ({"unscored": 3}, ["3 images have no score and are in no label"]),
+    ({"skipped": 2}, ["Updates skipped, as their gradient overflowed: 2."]),
+    ({"unscored": 3}, ["Images without a score, in no label: 3."]),
     ({"preferences": 0}, ["WARNING: no label says which image is better"]),
-    ({"score": None, "unscored": 8}, ["Epoch 3 of 9. Agreed", "8 images have no score"]),
+    ({"score": None, "unscored": 8}, ["Epoch 3 of 9. 1 s of", "no label: 8."]),
     ({"accuracy": None, "log_ratio_winners": None}, ["2.00 kB. 1 s of sampling"]),
 ]
 
@@ -133,7 +133,8 @@ def line_of(row: dict, initial: dict | None = None, **settings) -> str:
 def test_an_epochs_line_has_its_numbers_and_warnings(change, parts):
     row = ROW | change
     line = line_of(row | {"warnings": warnings_of(row)})
-    assert all(part in line for part in parts) and "\n" not in line and "None" not in line
+    assert all(part in line for part in parts) and "None" not in line
+    assert all(len(words) <= 100 for words in line.splitlines() if "WARNING" not in words)
     assert line.count("WARNING") == sum("WARNING" in part for part in parts)
     assert "-" not in line.replace("Held-out", "").partition("WARNING")[0]  # minus kB
 
@@ -152,7 +153,7 @@ def test_a_round_that_people_labelled_has_no_score():
     assert metrics.mean_score([]) == no_score  # a pass over the labels of a file
     initial = {"eval_score": None, "watched": None}
     line = line_of(ROW | no_score | {"watched": 0.8}, initial, objective="human", watch="a.py:my_f")
-    assert line.startswith("Round 3 of 9. My f 0.8. Agreed with 75 % of the labels")
+    assert line.startswith("Round 3 of 9. 1 s of sampling, 2 s of training.\n  My f 0.8.\n")
 
 
 # Images without a score, and labels without a preference
@@ -201,7 +202,7 @@ def test_three_epochs_in_a_row_without_a_preference_end_a_run(tmp_path):
     def sentence(*preferences: int | None) -> str | None:
         rows = [{"epoch": n, "preferences": count} for n, count in enumerate(preferences, 1)]
         files.save_lines(tmp_path / "metrics.jsonl", rows)
-        return metrics.nothing_to_learn(tmp_path)
+        return metrics.nothing_to_learn(tmp_path, None)
 
     assert sentence(0, 0, 0) and "epochs 2 to 4 says which" in sentence(4, 0, 0, 0)
     assert "another --objective" in sentence(0, 0, 0) and "\n" not in sentence(0, 0, 0)

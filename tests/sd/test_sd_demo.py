@@ -259,7 +259,7 @@ def test_ten_overflows_over_two_epochs_stop_a_run_and_it_can_be_resumed(
         run(tiny, out, f"{scorers}:brightness", "--batch-size 1")
     (row,) = read_rows(out / "metrics.jsonl")
     assert row["epoch"] == 1 and row["skipped"] == 4
-    assert "4 updates skipped" in capsys.readouterr().out
+    assert "overflowed: 4." in capsys.readouterr().out
     state = torch.load(out / "checkpoint" / "state.pt")
     assert state["epoch"] == 1 and all(w.isfinite().all() for w in state["lora"].values())
 
@@ -509,7 +509,7 @@ def test_steps_rates_passes_and_metrics_of_each_epoch(tiny, scorers, tmp_path, m
 def test_epochs_of_ties_train_nothing_and_three_of_them_end_a_run(tiny, scorers, tmp_path, capsys):
     out = tmp_path / "run"
     flags = "--images-per-prompt 3 --prompts hand --batch-size 1 --epochs 9"
-    sentence = f"No label of the epochs 1 to 3 says which .* {out} keeps the model"
+    sentence = f"No label of epochs 1 to 3 says which .* {out} keeps the model"
     with pytest.raises(UserError, match=sentence) as ended:
         run(tiny, out, f"{scorers}:same", flags)
     assert "\n" not in str(ended.value)
