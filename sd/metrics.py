@@ -242,12 +242,15 @@ def format_metrics(
 
 
 def describe_kl(row: dict, max_kl: float | None) -> str | None:
-    """The KL that --max-kl limits; without a limit that of new images. None where there is none."""
+    """The KL that --max-kl limits; without a limit that of new images. None where there is none.
+
+    Its estimate may be below 0, which no KL is.
+    """
     kl = row["eval_kl"] if max_kl else row["kl_trained"]
     if kl is None:
         return None
     place = f"of at most {max_kl:g} nats" if max_kl else "nats, of new images in the steps trained"
-    return f"The KL to the initial model is {kl:.1f} {place}"
+    return f"The KL to the initial model is {max(kl, 0):.1f} {place}"
 
 
 def epoch_word(objective: str | None) -> str:

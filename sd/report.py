@@ -8,15 +8,15 @@ from pathlib import Path
 
 from sd import files
 from sd.metrics import as_sentence, count, describe_kl, epoch_word, percent, wilson
-from sd.options import PEOPLE
+from sd.options import OF_PAIRS, PEOPLE
 from sd.scorers import measure_of, split_objective
 
 SETTINGS = "These are the settings that it was trained with; with others its effect may differ."
 FIGURES = {  # file of a run -> what it shows
-    "progress.png": "Images from the same starting noises, over the training, which did not see "
-    "them; with the mean score of all held-out images, where there is one.",
-    "reward_curve.png": "The whole training.",
-    "evaluation.png": "Before and after training, from the noises of the evaluation.",
+    "progress.png": "Held-out images, on which nothing is trained, over the training: each column "
+    "keeps its prompt and starting noise. A number is the mean of all held-out images.",
+    "reward_curve.png": "What was measured during the training.",
+    "evaluation.png": "Before and after training, from the same new noise.",
     "evaluation_stock.png": "The same with the pipeline's own settings.",
 }
 STYLE = """<meta name=viewport content="width=device-width">
@@ -155,7 +155,7 @@ def usage(
             f"pipe = {pipeline}.{load}({args.model!r}, dtype=torch.{dtype}{keywords(loading)})",
             'pipe.to("cuda" if torch.cuda.is_available() else "cpu")',
             *lines,
-            "# That it finds no keys of the text encoder is as it should be",
+            "# It may say that there are no keys of the text encoder: that was not trained",
             f"pipe.load_lora_weights({os.path.abspath(folder / 'lora')!r})",
             f"image = pipe({prompt!r}{keywords(call)}).images[0]",
             'image.save("image.png")',
@@ -173,7 +173,8 @@ def write(folder: Path, epoch: int, code: str) -> None:
     epoch: the last one that is kept; code: `usage`.
     """
     settings = settings_of(folder)
-    title = f"{Path(settings.model).name}, tuned by D3PO on labels {source(settings)}"
+    method = "D3PO" if settings.loss in OF_PAIRS else settings.loss
+    title = f"{Path(settings.model).name}, tuned by {method} on labels {source(settings)}"
     files.save_text(folder / "README.md", card(folder, title, epoch=epoch, code=code))
     files.save_text(folder / "report.html", page(folder, title, code=code))
 
@@ -184,15 +185,19 @@ def card(folder: Path, title: str, *, epoch: int, code: str) -> str:
     parts = [f"# {title}", "\n".join(result_sentences(folder))]
     parts += [f"![{FIGURES[name]}]({name})\n\n*{FIGURES[name]}*" for name in pictures(folder)]
     parts += [f"A LoRA. In the folder of this file, run\n\n```python\n{local}\n```", SETTINGS]
-    parts += [f"It was made in epoch {epoch} of\n\n    {settings_of(folder).command}"]
+    word = epoch_word(settings_of(folder).objective)
+    parts += [f"It was made in {word} {epoch} of\n\n    {settings_of(folder).command}"]
     parts += ["The method: [D3PO](https://arxiv.org/abs/2311.13231). All numbers: metrics.jsonl."]
     return "\n\n".join(parts) + "\n"
 
 
 def page(folder: Path, title: str, *, code: str) -> str:
-    result = html.escape(" ".join(result_sentences(folder))).replace(" %", "&nbsp;%")
+    first, *more = (
+        html.escape(sentence).replace(" %", "&nbsp;%") for sentence in result_sentences(folder)
+    )
     parts = [f"<!doctype html><html lang=en><meta charset=utf-8><title>D3PO</title>{STYLE}"]
-    parts += [f"<h1>{html.escape(title)}</h1><p>{result}</p>"]
+    parts += [f"<h1>{html.escape(title)}</h1><p>{first}</p>"]
+    parts += ["<ul>", *(f"<li>{sentence}</li>" for sentence in more), "</ul>"]
     if warnings := collect_warnings(folder):
         items = [f"<li>{html.escape(warning)}</li>" for warning in warnings]
         parts += ["<h2>Warnings</h2><ul>", *items, "</ul>"]

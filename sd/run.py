@@ -587,10 +587,14 @@ class Run:
         """Tell people that the run has ended; reason: why it cannot go on."""
         if self.page is None:
             return
-        lines = [f"{reason}." if reason else "The run has finished."]
-        lines += [*report.result_sentences(self.folder), *result_paths(self.folder)]
-        lines += [f"Blind test, is it better? python sd_demo.py --evaluate {self.folder}"]
-        self.page.close("\n".join(lines), self.code())
+        stopped = report.settings_of(self.folder).stopped
+        lines = [
+            f"{reason}." if reason else "The run has finished.",
+            *([stopped] if stopped else []),
+        ]
+        lines += report.result_sentences(self.folder)
+        test = {"Blind test of whether it is better": f"python sd_demo.py --evaluate {self.folder}"}
+        self.page.close("\n".join(lines), self.code(), result_paths(self.folder) | test)
 
     def load_checkpoint(self) -> None:
         """Go back to the last checkpoint, if there is one.

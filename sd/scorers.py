@@ -86,12 +86,12 @@ class Measure(NamedTuple):
         return words if initial is None else f"{words} (before: {self.show(initial)})"
 
 
-JPEG = Measure("JPEG size (kB)", "JPEG size {}", "{:.2f} kB")
+JPEG = Measure("JPEG size (kB)", "the mean JPEG size is {}", "{:.2f} kB")
 MEASURES = {
     "compressibility": JPEG._replace(factor=-1.0),
     "incompressibility": JPEG,
-    "aesthetic": Measure("aesthetic score", "aesthetic score {}", "{:.2f}"),
-    "alignment": Measure("CLIP score", "CLIP score {}", "{:.2f}"),
+    "aesthetic": Measure("aesthetic score", "the mean aesthetic score is {}", "{:.2f}"),
+    "alignment": Measure("CLIP score", "the mean CLIP score is {}", "{:.2f}"),
 }
 ANIMALS = Measure(
     "animals recognised by a separate classifier (%)",
@@ -108,7 +108,7 @@ def measure_of(objective: str | None) -> Measure:
     if Path(file).parts[-2:] == ("emoji_sd", "classifier") and function.startswith("recognised"):
         return ANIMALS
     words = function.replace("_", " ")
-    return MEASURES.get(first, Measure(words, f"{words} {{}}"))
+    return MEASURES.get(first, Measure(words, f"the mean of {words} is {{}}"))
 
 
 # The paper's objectives

@@ -98,9 +98,15 @@ ROW = {
 }
 EVALUATED = {"eval_score": -1.0, "eval_win_rate": 0.9}
 LINES = [  # what differs from ROW, and sentences of the line
-    ({}, ["Epoch 3 of 9. New images: JPEG size 2.00 kB. 1 s of sampling, 2 s of training.\n"]),
+    (
+        {},
+        [
+            "Epoch 3 of 9. New images: the mean JPEG size is 2.00 kB. 1 s of sampling, 2 s of "
+            "training.\n"
+        ],
+    ),
     ({}, ["\n  Before training on the new labels the model agreed with 75 % of them."]),
-    (EVALUATED, ["Held-out images: JPEG size 1.00 kB (before: 2.50 kB), 90 % better."]),
+    (EVALUATED, ["Held-out images: the mean JPEG size is 1.00 kB (before: 2.50 kB), 90 % better."]),
     ({"eval_kl": 4.25}, ["The KL to the initial model is 4.2 of at most 30 nats."]),
     (
         {"watched": 0.8},
@@ -153,7 +159,9 @@ def test_a_round_that_people_labelled_has_no_score():
     assert metrics.mean_score([]) == no_score  # a pass over the labels of a file
     initial = {"eval_score": None, "watched": None}
     line = line_of(ROW | no_score | {"watched": 0.8}, initial, objective="human", watch="a.py:my_f")
-    assert line.startswith("Round 3 of 9. 1 s of sampling, 2 s of training.\n  My f 0.8.\n")
+    assert line.startswith(
+        "Round 3 of 9. 1 s of sampling, 2 s of training.\n  The mean of my f is 0.8.\n"
+    )
 
 
 # Images without a score, and labels without a preference

@@ -18,6 +18,7 @@ CONFIG = {
     "labels": None,
     "watch": "toy/emoji_sd/classifier.py:recognised",
     "max_kl": 30.0,
+    "loss": "chain",
     "model": "/models/emoji_sd",
     "command": "python sd_demo.py --objective compressibility",
     "initial": {"eval_score": -2.09, "watched": 0.998},
@@ -71,7 +72,7 @@ def test_the_result_is_what_was_learned_what_it_costs_and_how_far_the_model_went
         "Trained on 1,280 preferences by compressibility, in 3 epochs.",
         "Of 10 images from new noise 90 % are better than before (95 % interval 60 to 98 %; ties "
         "count half).",
-        "JPEG size 1.80 kB (before: 2.09 kB).",
+        "The mean JPEG size is 1.80 kB (before: 2.09 kB).",
         "A separate classifier recognises 98.9 % of the animals (before: 99.8 %).",
         "The KL to the initial model is 8.1 of at most 30 nats.",
     ]
@@ -109,18 +110,18 @@ def test_an_evaluation_in_words(make):
     assert words == [
         "Of 450 images from new noise 98 % are better than before (95 % interval 97 to 99 %; ties "
         "count half).",
-        "JPEG size 1.80 kB (before: 2.09 kB).",
+        "The mean JPEG size is 1.80 kB (before: 2.09 kB).",
         "A separate classifier recognises 90.0 % of the animals (before: 99.8 %).",
         "With the pipeline's own settings, pipe(prompt): Of 45 images from new noise 80 % are "
-        "better than before (95 % interval 66 to 89 %; ties count half). JPEG size 1.90 kB "
-        "(before: 2.00 kB).",
+        "better than before (95 % interval 66 to 89 %; ties count half). The mean JPEG size is "
+        "1.90 kB (before: 2.00 kB).",
     ]
     result = report.result_sentences(make(result=RESULT | {"epoch": 3}))
     assert result[1:-1] == words  # in place of the held-out images
     assert "Of 10 images" in report.result_sentences(make(result=RESULT | {"epoch": 1}))[1]
     some = report.evaluation_sentences(RESULT | {"unscored": 3, "stock": {}}, "compressibility")
     assert some[2:] == [
-        "Watched score 0.9 (before: 0.998).",
+        "The mean of watched score is 0.9 (before: 0.998).",
         "Images without a score, which do not count: 3.",
     ]
 
@@ -132,7 +133,7 @@ def test_a_blind_test_in_words():
     assert report.evaluation_sentences(blind | watched, "human", "a.py:sharp_edges") == [
         "Of 16 blind answers 100 % preferred the tuned model (95 % interval 81 to 100 %; ties "
         "count half).",
-        "Sharp edges 0.25 (before: 0.5).",
+        "The mean of sharp edges is 0.25 (before: 0.5).",
         "In 94 % of the questions more than half of the answers preferred it.",
         "Skipped questions: 1.",
     ]
@@ -155,7 +156,7 @@ def test_card_and_page_begin_with_the_result_and_ask_nothing_of_the_network(make
     assert pictures == [
         (out / name).read_bytes() for name in ("reward_curve.png", "evaluation.png")
     ]
-    assert "JPEG size 1.80 kB" in page and str(out / "lora") in page
+    assert "JPEG size is 1.80 kB" in page and str(out / "lora") in page
     for key in ("eval_score", "win_rate", "watched", "kl_trained", "-1.8"):
         assert key not in card + page
 
