@@ -109,7 +109,7 @@ def start(args: options.Settings) -> Path | None:
             if run.record(epoch):
                 break
         run.close()
-    setup.accelerator.print(report.ending(run.folder, run.epochs_done, args.row()["objective"]))
+    setup.accelerator.print(report.ending(run.folder, run.counted_epochs, args.row()["objective"]))
     return run.folder
 
 

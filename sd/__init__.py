@@ -9,9 +9,9 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 class UserError(Exception):
     """What the user can mend, in a sentence: what was wrong, and what to do.
 
-    needs_new_run: going on would end in the same way.
+    new_run: it takes other settings than the run has; resumed, the run would end again.
     """
 
-    def __init__(self, message: str, *, needs_new_run: bool = False):
+    def __init__(self, message: str, *, new_run: bool = False):
         super().__init__(message)
-        self.needs_new_run = needs_new_run
+        self.new_run = new_run

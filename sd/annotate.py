@@ -333,12 +333,17 @@ class AnnotationServer:
         """What the page says while it has no question, beside what the run has shown so far."""
         self._said = {"status": text, "ended": False, "training": False, **read_story(self.story)}
 
-    def close(self, farewell: str = "The run has finished.", code: str | None = None) -> None:
+    def close(
+        self,
+        farewell: str = "The run has finished.",
+        code: str | None = None,
+        values: dict[str, str] | None = None,
+    ) -> None:
         """Tell open pages how the run has ended, and serve no more.
 
-        farewell: a line of result; further lines become a list, of which "name: value" shows the
-        value, a path or a command, as it is. code: Python that uses the LoRA. The pages keep both,
-        and the run's report.html, until people close them.
+        farewell: a headline, and lines of a list after it; code: Python that uses the LoRA;
+        values: paths and commands by their names. The pages keep all this, and the run's
+        report.html, until people close them.
         """
         if self._server is not None:
             report = self.story / "report.html"
@@ -346,6 +351,7 @@ class AnnotationServer:
             self._said |= {
                 "ended": True,
                 "code": code,
+                "values": values or {},
                 "report": report.read_text("utf-8") if report.exists() else None,
             }
             time.sleep(FAREWELL_SECONDS)

@@ -123,5 +123,5 @@ def blind_test(
     }
     keep_result(result, folder, epoch=epoch, code=code)  # the page shows the report
     sentences = report.evaluation_sentences(result, args.objective)
-    page.close("\n".join(["Thank you.", *sentences, *result_paths(folder)]), code)
+    page.close("\n".join(["Thank you.", *sentences]), code, result_paths(folder))
     return result

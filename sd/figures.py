@@ -110,7 +110,7 @@ def draw_score(axis: "Axes", rows: list[dict], evaluated: list[dict], config: di
     measure = measure_of(config["objective"])
     epochs, error = column(rows, "epoch"), column(rows, "score_sem")
     score = measure.factor * column(rows, "score")
-    axis.plot(epochs, score, color="0.5", linewidth=1, label="new images, ± s.e.")
+    axis.plot(epochs, score, color="0.5", linewidth=1, label="new images, ± standard error")
     axis.fill_between(epochs, score - error, score + error, color="0.85")
     held_out = measure.factor * column(evaluated, "eval_score")
     axis.plot(column(evaluated, "epoch"), held_out, "ko-", markersize=4, label="held-out images")

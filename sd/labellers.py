@@ -133,8 +133,8 @@ def open_page(args: Settings, folder: Path, *, story: Path | None = None) -> Ann
     )
 
 
-def result_paths(run: Path) -> list[str]:
-    return [f"LoRA: {run / 'lora'}", f"Report: {run / 'report.html'}"]
+def result_paths(run: Path) -> dict[str, str]:
+    return {"LoRA": str(run / "lora"), "Report": str(run / "report.html")}
 
 
 def save_for_people(image: Image.Image, file: Path) -> None:

@@ -140,9 +140,9 @@ def nothing_to_learn(run: Path, objective: str | None) -> str | None:
         return None
     return (
         f"No label of {epoch_word(objective)}s {last[0]['epoch']} to {last[-1]['epoch']} says "
-        f"which image is better, so there is nothing to learn: compare {run / 'labels.jsonl'} with "
-        "its images, and start a new run with another --objective if this one cannot tell them "
-        "apart"
+        "which image is better, so there is nothing to learn: compare "
+        f"{run / 'labels.jsonl'} with its images, "
+        "and give another --objective if this one cannot tell them apart"
     )
 
 
@@ -212,45 +212,55 @@ def format_metrics(
     watch: str = "watched score",
     max_kl: float | None = None,
 ) -> str:
-    """A row of metrics.jsonl as a few lines for people, with its warnings.
+    """A row of metrics.jsonl in lines for people: the epoch, what was measured, warnings.
 
     initial: the initial model's scores; objective, watch, max_kl: as in config.json.
     """
-    measure, share, accuracy = measure_of(objective), row["eval_win_rate"], row["accuracy"]
+    measure, share = measure_of(objective), row["eval_win_rate"]
     sampling, training = row["seconds_sample"], row["seconds_train"]
-    epoch = f"{epoch_word(objective)} {row['epoch']} of {last_epoch}"
-    lines = [[f"{epoch}: {sampling:.0f} s of sampling, {training:.0f} s of training"]]
+    first = [f"{epoch_word(objective)} {row['epoch']} of {last_epoch}"]
+    if row["score"] is not None:
+        first.append(f"New images: {measure.say(row['score'])}")
+    first.append(f"{sampling:.0f} s of sampling, {training:.0f} s of training")
+    lines = []
     if row["eval_score"] is not None:
-        held_out = f"held-out images: {measure.say(row['eval_score'], initial['eval_score'])}"
-        better = "" if share is None else f", {percent(share)} of them are better"
-        lines.append([held_out + better])
-    elif row["score"] is not None:
-        lines[0].append(f"new images: {measure.say(row['score'])}")
+        better = "" if share is None else f", {percent(share)} better"
+        held_out = measure.say(row["eval_score"], initial["eval_score"])
+        lines.append(f"Held-out images: {held_out}{better}")
     if row["watched"] is not None:
-        lines.append([measure_of(watch).say(row["watched"], initial["watched"])])
-    agreement = None if accuracy is None else f"agreement with the new labels: {percent(accuracy)}"
-    lines.append([agreement, describe_kl(row, max_kl)])
+        lines.append(measure_of(watch).say(row["watched"], initial["watched"]))
+    if row["accuracy"] is not None:
+        share = percent(row["accuracy"])
+        lines.append(f"Before training on the new labels the model agreed with {share} of them")
+    lines.append(describe_kl(row, max_kl))
     if row["unscored"]:
-        lines.append([f"images without a score, in no label: {row['unscored']}"])
+        lines.append(f"Images without a score, in no label: {row['unscored']}")
     if row["skipped"]:
-        lines.append([f"updates skipped, as their gradient overflowed: {row['skipped']}"])
-    lines += [[f"WARNING: {warning}"] for warning in row["warnings"]]
-    texts = [" ".join(as_sentence(words) for words in line if words) for line in lines]
-    return "\n  ".join(text for text in texts if text)
+        lines.append(f"Updates skipped, as their gradient overflowed: {row['skipped']}")
+    lines += [f"WARNING: {warning}" for warning in row["warnings"]]
+    return "\n  ".join([" ".join(map(as_sentence, first)), *map(as_sentence, filter(None, lines))])
 
 
 def describe_kl(row: dict, max_kl: float | None) -> str | None:
-    """The KL that --max-kl limits; without a limit that of new images. None where there is none."""
+    """The KL that --max-kl limits; without a limit that of new images. None where there is none.
+
+    Its estimate may be below 0, which no KL is.
+    """
     kl = row["eval_kl"] if max_kl else row["kl_trained"]
     if kl is None:
         return None
     place = f"of at most {max_kl:g} nats" if max_kl else "nats, of new images in the steps trained"
-    return f"The KL to the initial model is {kl:.1f} {place}"
+    return f"The KL to the initial model is {max(kl, 0):.1f} {place}"
 
 
 def epoch_word(objective: str | None) -> str:
     """How an epoch is called to who reads of it."""
     return "round" if objective in PEOPLE else "epoch"
+
+
+def count(number: int, word: str) -> str:
+    """A number of things: 1 epoch, 2 epochs."""
+    return f"{number:,} {word}" if number == 1 else f"{number:,} {word}s"
 
 
 def as_sentence(words: str) -> str:

@@ -379,9 +379,9 @@ def check_finite(values: Tensor, names: list[str], part: str, dtype: torch.dtype
         remedy = "another --model if nothing is trained yet"
     raise UserError(
         f"{len(broken)} of {len(names)} images are not finite: {listed}. What {part} gave in "
-        f"{precision} is NaN or infinite, and is not kept: start a new run with a lower --lr, or "
-        f"with {remedy}",
-        needs_new_run=True,
+        f"{precision} is NaN or infinite. Nothing of them is kept; start a new run with a lower "
+        f"--lr, or {remedy}",
+        new_run=True,
     )
 
 

@@ -7,16 +7,16 @@ from argparse import Namespace
 from pathlib import Path
 
 from sd import files
-from sd.metrics import as_sentence, describe_kl, epoch_word, percent, wilson
-from sd.options import PEOPLE
+from sd.metrics import as_sentence, count, describe_kl, epoch_word, percent, wilson
+from sd.options import OF_PAIRS, PEOPLE
 from sd.scorers import measure_of, split_objective
 
 SETTINGS = "These are the settings that it was trained with; with others its effect may differ."
 FIGURES = {  # file of a run -> what it shows
-    "progress.png": "Images from the same starting noises, over the training, which did not see "
-    "them; with the mean score of all held-out images, where there is one.",
-    "reward_curve.png": "The whole training.",
-    "evaluation.png": "Before and after training, from the noises of the evaluation.",
+    "progress.png": "Held-out images, on which nothing is trained, over the training: each column "
+    "keeps its prompt and starting noise. A number is the mean of all held-out images.",
+    "reward_curve.png": "What was measured during the training.",
+    "evaluation.png": "Before and after training, from the same new noise.",
     "evaluation_stock.png": "The same with the pipeline's own settings.",
 }
 STYLE = """<meta name=viewport content="width=device-width">
@@ -45,9 +45,9 @@ def result_sentences(folder: Path) -> list[str]:
     if not rows:
         return ["No epoch is done, so nothing is learned yet."]
     last = rows[-1]
-    preferences = f"{last['labels']:,} preferences {source(settings)}"
-    epochs = f"{last['epoch']} {epoch_word(settings.objective)}s"
-    sentences = [f"Trained on {preferences} in {epochs} of D3PO."]
+    preferences = f"{count(last['labels'], 'preference')} {source(settings)}"
+    epochs = count(last["epoch"], epoch_word(settings.objective))
+    sentences = [f"Trained on {preferences}, in {epochs}."]
     evaluation = folder / "evaluation.json"
     result = files.read_json(evaluation) if evaluation.exists() else {}
     if result.get("epoch") == last["epoch"]:
@@ -155,7 +155,7 @@ def usage(
             f"pipe = {pipeline}.{load}({args.model!r}, dtype=torch.{dtype}{keywords(loading)})",
             'pipe.to("cuda" if torch.cuda.is_available() else "cpu")',
             *lines,
-            "# That it finds no keys of the text encoder is as it should be",
+            "# It may say that there are no keys of the text encoder: that was not trained",
             f"pipe.load_lora_weights({os.path.abspath(folder / 'lora')!r})",
             f"image = pipe({prompt!r}{keywords(call)}).images[0]",
             'image.save("image.png")',
@@ -173,7 +173,8 @@ def write(folder: Path, epoch: int, code: str) -> None:
     epoch: the last one that is kept; code: `usage`.
     """
     settings = settings_of(folder)
-    title = f"{Path(settings.model).name}, tuned by D3PO on labels {source(settings)}"
+    method = "D3PO" if settings.loss in OF_PAIRS else settings.loss
+    title = f"{Path(settings.model).name}, tuned by {method} on labels {source(settings)}"
     files.save_text(folder / "README.md", card(folder, title, epoch=epoch, code=code))
     files.save_text(folder / "report.html", page(folder, title, code=code))
 
@@ -184,15 +185,19 @@ def card(folder: Path, title: str, *, epoch: int, code: str) -> str:
     parts = [f"# {title}", "\n".join(result_sentences(folder))]
     parts += [f"![{FIGURES[name]}]({name})\n\n*{FIGURES[name]}*" for name in pictures(folder)]
     parts += [f"A LoRA. In the folder of this file, run\n\n```python\n{local}\n```", SETTINGS]
-    parts += [f"It was made in epoch {epoch} of\n\n    {settings_of(folder).command}"]
+    word = epoch_word(settings_of(folder).objective)
+    parts += [f"It was made in {word} {epoch} of\n\n    {settings_of(folder).command}"]
     parts += ["The method: [D3PO](https://arxiv.org/abs/2311.13231). All numbers: metrics.jsonl."]
     return "\n\n".join(parts) + "\n"
 
 
 def page(folder: Path, title: str, *, code: str) -> str:
-    result = html.escape(" ".join(result_sentences(folder))).replace(" %", "&nbsp;%")
+    first, *more = (
+        html.escape(sentence).replace(" %", "&nbsp;%") for sentence in result_sentences(folder)
+    )
     parts = [f"<!doctype html><html lang=en><meta charset=utf-8><title>D3PO</title>{STYLE}"]
-    parts += [f"<h1>{html.escape(title)}</h1><p>{result}</p>"]
+    parts += [f"<h1>{html.escape(title)}</h1><p>{first}</p>"]
+    parts += ["<ul>", *(f"<li>{sentence}</li>" for sentence in more), "</ul>"]
     if warnings := collect_warnings(folder):
         items = [f"<li>{html.escape(warning)}</li>" for warning in warnings]
         parts += ["<h2>Warnings</h2><ul>", *items, "</ul>"]
@@ -223,14 +228,15 @@ def collect_warnings(folder: Path) -> list[str]:
 def ending(folder: Path, epochs: int, objective: str | None) -> str:
     """The result of a run, where its LoRA is, and what can be done with it.
 
-    epochs: those that are done. Labels that were there already are compared by a blind test.
+    epochs: those that are done, as --epochs counts them. After --labels alone people compare.
     """
     by_people = "" if objective else " --objective human"
     lines = [
         *result_sentences(folder),
         f"The LoRA: {folder / 'lora'}",
         f"The report: {folder / 'report.html'}",
-        f"Evaluate: python sd_demo.py --evaluate {folder}{by_people}",
+        f"To compare it with the initial model: python sd_demo.py --evaluate {folder}{by_people}",
+        f"To go on: python sd_demo.py --resume {folder} --epochs {2 * max(epochs, 1)}",
     ]
     if not settings_of(folder).stopped:  # else its reason says how
         lines.append(f"Go on: python sd_demo.py --resume {folder} --epochs {2 * max(epochs, 1)}")

@@ -72,13 +72,7 @@ def load(args: Settings) -> Setup:
     accelerator = make_accelerator(args.precision, args.device)
     check_batches(args, accelerator.num_processes)
     check_page(args, accelerator)
-    bar = tqdm(
-        desc="evaluation" if args.evaluate else "before training",
-        bar_format="{desc}: pass {n_fmt} through the network, {elapsed}",
-        mininterval=0.5,
-        delay=0.1,
-        disable=not is_shown(args, accelerator),
-    )
+    bar = make_bar(disable=not is_shown(args, accelerator))
     groups = read_label_groups(args, accelerator)
     of_labels = list(dict.fromkeys(group.prompt for group in groups))
     prompts = read_prompts(args.prompts, "--prompts") or of_labels
@@ -110,6 +104,19 @@ def read_prompts(prompts: str | list | None, flag: str) -> list[str]:
         return load_prompts(prompts, flag) if isinstance(prompts, str) else prompts or []
     except ValueError as error:
         raise UserError(str(error)) from error
+
+
+def make_bar(*, disable: bool) -> tqdm:
+    """A bar of the network's passes, whose number is not known before."""
+    layout = "{desc}, network passes: {n_fmt} [{elapsed}, {rate_noinv_fmt}]"
+    return tqdm(
+        desc="Evaluation",
+        unit="",
+        bar_format=layout,
+        mininterval=0.5,
+        delay=0.1,
+        disable=disable,
+    )
 
 
 def is_shown(args: Settings, accelerator: Accelerator) -> bool:
@@ -172,18 +179,20 @@ def describe(setup: Setup) -> str:
             "settings."
         )
     elif args.objective:
-        again = f", and {args.replay} batches of earlier labels" if args.replay else ""
         images = args.prompts_per_epoch * args.images_per_prompt
+        labels = f"{labels_of_epoch(args)} {'questions' if args.by_people else 'labels'}"
+        again = f"; earlier batches trained on again: {args.replay}" if args.replay else ""
+        groups = metrics.count(args.prompts_per_epoch, "group")
         epoch = "A round" if args.by_people else "An epoch"
         lines.append(
-            f"Objective: {row['objective']}. {epoch} has {images} images in "
-            f"{args.prompts_per_epoch} groups, with {labels_of_epoch(args)} labels{again}."
+            f"Objective {row['objective']}. {epoch}: {images} images in {groups}, {labels}{again}."
         )
     if not args.evaluate:
-        lines.append(
-            f"Method: --loss {args.loss}, beta {args.beta:.3g} per nat of a log-ratio summed over "
-            f"{D:,} latent elements ({args.beta * D:.3g} for their mean, as in the released code)."
-        )
+        lines += [
+            options.METHOD if args.loss == "chain" else f"Method: --loss {args.loss}.",
+            f"Its beta: {args.beta:.3g} per nat of a log-ratio summed over {D:,} latent elements "
+            f"({args.beta * D:.3g} for their mean, as in the released code).",
+        ]
     return "\n".join([*lines, f"Memory: about {memory_gb(model, args):.1f} GB."])
 
 
@@ -261,12 +270,18 @@ class Run:
 
     @property
     def word(self) -> str:
-        """How people read of an epoch."""
-        return metrics.epoch_word(self.args.row()["objective"])
+        return metrics.epoch_word(self.args.objective).capitalize()
 
     @property
     def last_epoch(self) -> int:
         return self.label_epochs + (self.args.epochs if self.args.objective else 0)
+
+    @property
+    def counted_epochs(self) -> int:
+        """Epochs that are done, as --epochs counts them: passes where there are labels alone."""
+        if not self.args.objective:
+            return self.epochs_done // self.parts_of_pass
+        return max(self.epochs_done - self.label_epochs, 0)
 
     # The parts of an epoch, in their order
 
@@ -274,6 +289,7 @@ class Run:
         self.epoch, self.batches = epoch, 0
         self.rows, self.losses, self.log_ratios, self.overflows = [], [], [], []
         self.optimizer.param_groups[0]["lr"] = learning_rate(self.args, epoch, self.last_epoch)
+        self.bar.reset()
         self.bar.set_description_str(f"{self.word} {epoch} of {self.last_epoch}", refresh=False)
         self.started = time.perf_counter()
 
@@ -395,10 +411,9 @@ class Run:
         self.last_overflows = (self.last_overflows + self.overflows)[-MAX_SKIPPED:]
         finite = all(weight.isfinite().all() for weight in self.model.lora)
         if sum(self.last_overflows) == MAX_SKIPPED or not finite:
-            problem = f"{self.word.capitalize()} {self.epoch}: gradients or weights are not finite"
-            remedy = f"start a new run with a lower --lr (now {self.args.lr:g})"
-            other = "" if self.args.precision == "fp32" else " or with --precision fp32"
-            raise UserError(f"{problem} any more: {remedy}{other}", needs_new_run=True)
+            remedy = f"give a new run a lower --lr (now {self.args.lr:g}) or --precision fp32"
+            problem = "gradients or weights are not finite any more"
+            raise UserError(f"{self.word} {self.epoch}: {problem}; {remedy}", new_run=True)
         self.average.update(self.epoch)
         return Epoch(
             self.epoch,
@@ -421,7 +436,7 @@ class Run:
         stop, problem = broadcast_object_list([stop, problem])
         if problem:
             self.close(problem)
-            raise UserError(problem, needs_new_run=True)
+            raise UserError(problem, new_run=True)
         return stop
 
     def record_on_main(self, epoch: Epoch) -> tuple[bool, str | None]:
@@ -444,7 +459,7 @@ class Run:
             self.page.status(f"Drawing the images of round {epoch.number + 1 - self.label_epochs}")
             if self.page.finished:
                 return True, None
-        return False, metrics.nothing_to_learn(self.folder, config["objective"])
+        return False, metrics.nothing_to_learn(self.folder, args.objective)
 
     def metrics_row(self, epoch: Epoch) -> dict:
         result = None
@@ -484,8 +499,8 @@ class Run:
         message = f"In {args.precision} rounding alone adds {kl:.2g} nats to the KL"
         if kl > (args.max_kl or math.inf):
             raise UserError(
-                f"{message}, more than --max-kl {args.max_kl:g}: take --precision fp32, or fp16 "
-                "in place of bf16, or a larger --max-kl"
+                f"{message}, more than --max-kl {args.max_kl:g}: give a larger one, or a new run "
+                "with --precision fp32, or with fp16 in place of bf16"
             )
 
     def measure_rounding(self) -> float:
@@ -574,10 +589,14 @@ class Run:
         """Tell people that the run has ended; reason: why it cannot go on."""
         if self.page is None:
             return
-        lines = [f"{reason}." if reason else "The run has finished."]
-        lines += [*report.result_sentences(self.folder), *result_paths(self.folder)]
-        lines += [f"Blind test, is it better? python sd_demo.py --evaluate {self.folder}"]
-        self.page.close("\n".join(lines), self.code())
+        stopped = report.settings_of(self.folder).stopped
+        lines = [
+            f"{reason}." if reason else "The run has finished.",
+            *([stopped] if stopped else []),
+        ]
+        lines += report.result_sentences(self.folder)
+        test = {"Blind test of whether it is better": f"python sd_demo.py --evaluate {self.folder}"}
+        self.page.close("\n".join(lines), self.code(), result_paths(self.folder) | test)
 
     def load_checkpoint(self) -> None:
         """Go back to the last checkpoint, if there is one.
@@ -628,11 +647,13 @@ def is_evaluated(args: Settings, epoch: int, last_epoch: int) -> bool:
     return epoch % args.eval_every == 0 or epoch == last_epoch
 
 
-def describe_stop(max_kl: float, last_good: str | None, folder: Path) -> str:
-    """Why a run ends early, and what can be done. last_good: such as "epoch 3"."""
-    kept = f"the model of {last_good}" if last_good else "nothing: try a smaller --lr"
-    again = f"python sd_demo.py --resume {folder} --max-kl {2 * max_kl:g}"
-    return f"The KL is above --max-kl {max_kl:g}: the run stops and keeps {kept}. Go on: {again}"
+def describe_stop(args: Settings, epoch: int, folder: Path) -> str:
+    """Why a run ends early, and what can be done."""
+    word = metrics.epoch_word(args.objective)
+    kept = f"the model of {word} {epoch - 1}" if epoch > 1 else "nothing: try a smaller --lr"
+    again = f"python sd_demo.py --resume {folder} --max-kl {2 * args.max_kl:g}"
+    limit = f"--max-kl {args.max_kl:g}"
+    return f"The KL is above {limit}: the run stops and keeps {kept}. To allow more: {again}"
 
 
 def image_files(epoch: int, groups: list[int], images_per_prompt: int) -> list[str]:
@@ -672,10 +693,8 @@ def open_run(setup: Setup) -> Iterator[Run]:
         except (UserError, KeyboardInterrupt) as error:
             if folder is None:
                 raise
-            message = f"{reason_of(error)} {what_is_kept(folder, args)}."
-            if not getattr(error, "needs_new_run", False):
-                verb = "--evaluate" if args.evaluate else "--resume"
-                message += f" Go on with: python sd_demo.py {verb} {folder}"
+            new_run = isinstance(error, UserError) and error.new_run
+            message = f"{reason_of(error)} {advice(folder, args, new_run=new_run)}"
             raise UserError(message) from error
         finally:
             setup.bar.close()
@@ -686,10 +705,17 @@ def reason_of(error: BaseException) -> str:
     return "Stopped." if isinstance(error, KeyboardInterrupt) else f"{error}. The run stops."
 
 
-def what_is_kept(folder: Path, args: Settings) -> str:
-    trained = (folder / "lora" / files.LORA_FILE).exists()
-    last = f"the last good {metrics.epoch_word(args.row()['objective'])}"
-    return f"{folder} {f'keeps the model of {last}' if trained else 'has no model yet'}"
+def advice(folder: Path, args: Settings, *, new_run: bool) -> str:
+    """What a run that stops has, and how to go on; new_run: not with its own settings."""
+    lora, word = folder / "lora", metrics.epoch_word(args.objective)
+    trained = (lora / files.LORA_FILE).exists()
+    kept = (
+        f"{folder} {f'keeps the model of the last good {word}' if trained else 'has no model yet'}"
+    )
+    if new_run:
+        return f"{kept}: --init-lora {lora} begins with it." if trained else f"{kept}."
+    verb = "--evaluate" if args.evaluate else "--resume"
+    return f"{kept}. Go on with: python sd_demo.py {verb} {folder}"
 
 
 def make_run(setup: Setup, folder: Path) -> Run:

@@ -1040,12 +1040,11 @@ def test_chromium_at_the_end_the_page_keeps_result_code_and_report(
         tab.locator("#tiles button").first.click()
         session.finish()
         monkeypatch.setattr(annotate, "FAREWELL_SECONDS", 3)
-        session.server.close(
-            f"It learned.\nOf 90 images 80 are better.\nThe LoRA is in: {path}", "code"
-        )
+        sentence = "The size is 2.0 kB (before: 2.1 kB)."
+        session.server.close(f"It learned.\n{sentence}", "code", {"LoRA": path})
         assert tab.locator("#words").text_content() == "It learned."
         items = tab.locator("#result li").all_text_contents()
-        assert items == ["Open the report", "Of 90 images 80 are better.", f"The LoRA is in:{path}"]
+        assert items == ["Open the report", sentence, f"LoRA:{path}"]
         line = tab.locator("#result code").bounding_box()
         assert line["height"] < 60 and line["x"] + line["width"] <= SIZES[size][0]
         assert tab.evaluate("document.documentElement.scrollWidth") <= SIZES[size][0]

@@ -270,7 +270,7 @@ def test_a_kl_limit_below_what_rounding_adds_is_refused(tiny, tmp_path):
     kl = json.loads((tmp_path / "config.json").read_text())["rounding_kl"]
     assert str(error.value) == (
         f"In bf16 rounding alone adds {kl:.2g} nats to the KL, more than --max-kl 1e-06: "
-        "take --precision fp32, or fp16 in place of bf16, or a larger --max-kl"
+        "give a larger one, or a new run with --precision fp32, or with fp16 in place of bf16"
     )
 
 

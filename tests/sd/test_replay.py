@@ -222,7 +222,7 @@ def test_a_run_stops_before_its_kl_limit_and_goes_on_with_a_higher_one(
     capsys.readouterr()
     out = run(tiny, tmp_path / "run", objective, flags, max_kl=(kl[0] + kl[1]) / 2)
     sentence = "the run stops and keeps the model of epoch 1"
-    assert f"{sentence}. Go on: python sd_demo.py --resume {out}" in capsys.readouterr().out
+    assert f"{sentence}. To allow more: python sd_demo.py --resume {out}" in capsys.readouterr().out
     assert [row["epoch"] for row in read_rows(out / "metrics.jsonl")] == [1]
     assert torch.load(out / "checkpoint" / "state.pt")["epoch"] == 1
     assert sentence in (out / "report.html").read_text("utf-8")

@@ -18,6 +18,7 @@ CONFIG = {
     "labels": None,
     "watch": "toy/emoji_sd/classifier.py:recognised",
     "max_kl": 30.0,
+    "loss": "chain",
     "model": "/models/emoji_sd",
     "command": "python sd_demo.py --objective compressibility",
     "initial": {"eval_score": -2.09, "watched": 0.998},
@@ -68,7 +69,7 @@ def make(tmp_path):
 
 def test_the_result_is_what_was_learned_what_it_costs_and_how_far_the_model_went(make):
     assert report.result_sentences(make()) == [
-        "Trained on 1,280 preferences by compressibility in 3 epochs of D3PO.",
+        "Trained on 1,280 preferences by compressibility, in 3 epochs.",
         "Of 10 images from new noise 90 % are better than before (95 % interval 60 to 98 %; ties "
         "count half).",
         "The mean JPEG size is 1.80 kB (before: 2.09 kB).",
@@ -77,7 +78,7 @@ def test_the_result_is_what_was_learned_what_it_costs_and_how_far_the_model_went
     ]
     several = make({"objective": "incompressibility,a/b.py:my_taste", "max_kl": None})
     text = " ".join(report.result_sentences(several))
-    assert "by incompressibility and my taste in" in text
+    assert "by incompressibility and my taste, in" in text
     assert text.endswith(
         "KL to the initial model is 99.0 nats, of new images in the steps trained."
     )
@@ -86,7 +87,7 @@ def test_the_result_is_what_was_learned_what_it_costs_and_how_far_the_model_went
 def test_the_result_of_people_and_of_files_needs_no_score(make):
     of_people = {"objective": "human", "initial": {"eval_score": None, "watched": 0.998}}
     assert report.result_sentences(make(of_people, PEOPLE))[:-1] == [
-        "Trained on 1,280 preferences by people in 3 rounds of D3PO.",
+        "Trained on 1,280 preferences by people, in 3 rounds.",
         "A separate classifier recognises 98.9 % of the animals (before: 99.8 %).",
         UNMEASURED,
         "Before it was trained on the last round's answers it agreed with 75 % of them; chance is "
@@ -94,7 +95,7 @@ def test_the_result_of_people_and_of_files_needs_no_score(make):
     ]
     of_file = of_people | {"objective": None, "labels": "/data/pairs.csv", "watch": None}
     assert report.result_sentences(make(of_file, PEOPLE | {"watched": None}))[:-1] == [
-        "Trained on 1,280 preferences from pairs.csv in 3 epochs of D3PO.",
+        "Trained on 1,280 preferences from pairs.csv, in 3 epochs.",
         UNMEASURED,
     ]
     both = make(of_file | {"objective": "tags"}, PEOPLE | {"watched": None})
@@ -175,8 +176,8 @@ def test_the_end_of_a_run_says_what_can_be_done_with_it(make):
     *result, lora, page, evaluate, go_on = report.ending(out, 2, "compressibility").split("\n")
     assert result == report.result_sentences(out)
     assert lora == f"The LoRA: {out / 'lora'}" and page == f"The report: {out / 'report.html'}"
-    assert evaluate == f"Evaluate: python sd_demo.py --evaluate {out}"
-    assert go_on == f"Go on: python sd_demo.py --resume {out} --epochs 4"  # as many again
+    assert evaluate.endswith(f": python sd_demo.py --evaluate {out}")
+    assert go_on == f"To go on: python sd_demo.py --resume {out} --epochs 4"  # as many again
     assert f"--evaluate {out} --objective human" in report.ending(out, 2, None)
     assert "--epochs 2" in report.ending(out, 0, "human")  # ended in its first round
 

@@ -64,9 +64,9 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(tiny, tmp_path, monkeypatc
     sd_demo.main(["--model", str(tiny), *flags])
     text = capsys.readouterr().out
     for part in (
-        "on cpu (there is no CUDA GPU), in fp32, with a LoRA of rank 16",
-        "Objective: compressibility. An epoch has 160 images in 80 groups, with 80 labels.",
-        "beta 9.77e-05 per nat of a log-ratio summed over 1,024 latent elements (0.1 for their",
+        "on cpu, as there is no CUDA GPU; fp32; LoRA rank 16",
+        "Objective compressibility. An epoch: 160 images in 80 groups, 80 labels.",
+        "Its beta: 9.77e-05 per nat of a log-ratio summed over 1,024 latent elements (0.1 for",
         "Memory: about ",
     ):
         assert part in text

@@ -259,7 +259,7 @@ def test_ten_overflows_over_two_epochs_stop_a_run_and_it_can_be_resumed(
         run(tiny, out, f"{scorers}:brightness", "--batch-size 1")
     (row,) = read_rows(out / "metrics.jsonl")
     assert row["epoch"] == 1 and row["skipped"] == 4
-    assert "4 updates skipped" in capsys.readouterr().out
+    assert "overflowed: 4." in capsys.readouterr().out
     state = torch.load(out / "checkpoint" / "state.pt")
     assert state["epoch"] == 1 and all(w.isfinite().all() for w in state["lora"].values())
 
