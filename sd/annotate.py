@@ -576,4 +576,4 @@ def listen(port: int | None) -> socket.socket:
         except (OSError, OverflowError):
             continue
     wanted = f"{PORTS[0]} or after" if port is None else port
-    raise UserError(f"the page cannot open at port {wanted}: give another --port")
+    raise UserError(f"no page opens at port {wanted}: give another --port")

@@ -106,48 +106,49 @@ class Common:
 
     objective: str | Callable | None = setting(
         None,
-        "a score: compressibility, incompressibility, aesthetic, alignment, or FILE.py:FUNCTION "
-        "(PIL images, prompts -> numbers); of several, with commas, the better image is worse in "
-        "none. Or people on a page: human (which of two is better?), tags (which are bad?)",
+        "compressibility, incompressibility, aesthetic, alignment, or FILE.py:FUNCTION of (PIL "
+        "images, prompts) -> numbers, None for no score; several with commas: better means worse "
+        "in none and better in one. Or ask people on a page: human (which of two is better?), "
+        "tags (which are bad?)",
     )
     labels: str | None = setting(
         None,
-        "learn from labels that exist: .jsonl, .json, .csv, .tsv, .parquet or a folder; see "
+        "learn from labels that exist: .jsonl, .json, .csv, .tsv, or a folder with w/ and l/: see "
         "sd/label_files.py",
         "FILE",
     )
     prompts: str | list | None = setting(
         None,
-        "animals, hand, unsafe (the paper's App. C), or a file: .jsonl, .json, .csv, .tsv, or one "
-        "prompt a line; by default animals, or those of --labels",
+        "animals, hand, unsafe (App. C), or a file: .jsonl, .json, .csv, .tsv, else lines; by "
+        "default animals; with --labels alone, but for emoji, its own",
     )
     model: Any = setting(
         None,
-        "hub id, folder or .safetensors file of SD, SDXL, SD 3 or Flux; by default SD 1.5 with a "
-        "CUDA GPU, else the bundled emoji model",
+        "hub id, folder or .safetensors file of SD, SDXL, SD3 or Flux; by default SD 1.5 with "
+        "CUDA, else the bundled emoji model",
     )
-    epochs: int = setting(12, "how often it samples and trains; with --labels alone, passes", "N")
+    epochs: int = setting(12, "rounds of sampling and training; with --labels alone, passes", "N")
     prompts_per_epoch: int = setting(4, "groups of images, each of one prompt and one x_T", "N")
     images_per_prompt: int = setting(
-        8, "images of a group: K(K-1)/2 pairs, of which people see K (K = 2: one)", "K"
+        8, "images of a group: K(K-1)/2 pairs; people are asked about K of them (K = 2: one)", "K"
     )
     num_steps: int = setting(20, "denoising steps", "T")
     beta: float | None = setting(
         0.12,
-        "how strongly the model is held to the initial one; for reward-weighted the temperature",
+        "strength of the KL, per nat of a summed log-prob; reward-weighted: temperature",
         zero=True,
     )
     lr: float = setting(3e-4, "largest step size of AdamW")
     max_kl: float | None = setting(
         25.0,
-        "KL limit, nats: the run stops before held-out images are farther from the initial model",
+        "KL limit: stop before this KL of held-out images to the initial model, nats",
         "NATS",
     )
     seed: int = setting(0, "seed of all random numbers", "N", zero=True)
     out: Path | None = setting(None, "new folder; by default runs/OBJECTIVE-1, -2, ...", "RUN")
     resume: Path | None = setting(None, "go on with a run, from its last whole epoch", "RUN")
     evaluate: Path | None = setting(
-        None, "compare the model of a run with the initial one, on images from new noise", "RUN"
+        None, "compare the tuned with the initial model on images from new noise", "RUN"
     )
     dry_run: bool = setting(False, "check everything, print the plan, train nothing")
 
@@ -157,27 +158,26 @@ class Learning:
     """what to learn"""
 
     images: str | None = setting(
-        None, "folder of the images of --labels; by default that of its file", "DIR"
+        None, "folder of the images of --labels; by default its own", "DIR"
     )
     watch: str | Callable | None = setting(
         None,
-        "a score that is reported and not learned from; by default the emoji model's classifier, "
-        "else none",
+        "a scorer that is only reported; by default the emoji model's classifier, else none",
         "SCORER",
     )
-    annotators: int = setting(1, "how many people answer each question", "N")
+    annotators: int = setting(1, "people who answer each question of human and tags", "N")
     question: str | None = setting(
-        None, "what the page asks; by default which image is better, or which are bad", "TEXT"
+        None, "text above the images; by default which is better, or which are bad", "TEXT"
     )
     port: int | None = setting(
         None, "port of the page for people; by default the first free one from 7860", "N", zero=True
     )
     public_url: str | None = setting(
-        None, "address at which a proxy shows the page; by default it opens here alone", "URL"
+        None, "the address at which a proxy shows this page; by default only this machine's", "URL"
     )
-    clip_model: str = setting(CLIP, "CLIP for aesthetic and alignment: hub id or folder", "CLIP")
+    clip_model: str = setting(CLIP, "CLIP of aesthetic and alignment: hub id or folder", "CLIP")
     aesthetic_head: str = setting(
-        AESTHETIC_HEAD, "its linear layers for aesthetic: URL or file of a state dict", "HEAD"
+        AESTHETIC_HEAD, "state dict of its linear layers: URL or file", "HEAD"
     )
 
 
@@ -188,16 +188,16 @@ class Sampling:
     init_lora: str | None = setting(
         None, "begin from the model with this LoRA in it: folder or file; by default none", "PATH"
     )
-    height: int | None = setting(None, "height of the images, pixels; by default the model's", "N")
-    width: int | None = setting(None, "width of the images, pixels; by default the model's", "N")
+    height: int | None = setting(None, "of images, pixels; by default the model's", "N")
+    width: int | None = setting(None, "of images, pixels; by default the model's", "N")
     eta: float = setting(
         1.0,
-        "noise of DDIM's steps, above 0 and at most 1; with less, the starting noise x_T decides "
-        "more of an image, and training less",
+        "DDIM's noise scale, 0 < eta <= 1; at 1 the images follow the law tilted by the score, "
+        "with less x_T decides a part of them",
         "ETA",
     )
     guidance_scale: float = setting(
-        5.0, "classifier-free guidance; none at 1 or less", "X", zero=True
+        5.0, "classifier-free guidance; 1 or less: none", "X", zero=True
     )
 
 
@@ -207,45 +207,43 @@ class Method:
 
     recipe: str = setting(
         "default",
-        "paper: Eq. 14 by Table 2, as released; alg1: the same by Alg. 1 as printed, which has no "
-        "clamp",
+        "paper: Table 2 as released; alg1: Table 2 with Alg. 1 as printed, without the clamp",
         choices=["default", *RECIPES],
     )
     loss: str = setting(
         "chain",
-        "chain: Eq. 5 on the whole chain; eq14, eq12: the paper's, step by step; the others, to "
-        "compare with",
+        "chain: Eq. 5 on whole chains; Eq. 14, Eq. 12, or a method that they are compared with",
         choices=LOSSES,
     )
     update_every: str | None = setting(
         None,
-        "update the weights after each step's loss, or once after the last one; by default once "
-        "with --loss chain, else after each",
+        "update the weights at each step's loss, or once after the last; by default once with "
+        "--loss chain, else at each",
         choices=["timestep", "trajectory"],
     )
     clip: float | None = setting(
-        None, "keep pi_theta / pi_ref, or DDPO's ratio, within 1 +- X; by default no clamp", "X"
+        None, "clamp pi_theta / pi_ref, or DDPO's ratio, to 1 +- this; by default no clamp", "X"
     )
     reference: str = setting(
         "initial",
-        "what log-probs are compared with: the initial model, or the one that sampled",
+        "the initial model, or the one that sampled",
         choices=["initial", "previous"],
     )
-    replay: int = setting(
-        4, "batches of earlier labels that an epoch trains on again", "N", zero=True
-    )
+    replay: int = setting(4, "batches of earlier groups in each epoch", "N", zero=True)
     average_weights: bool = setting(
-        True, "evaluate and save the mean of the weights over the last tenth of the epochs"
+        True, "evaluate and save the average of the weights over the last tenth of the epochs"
     )
-    skip_last: int = setting(2, "leave out the last N steps, whose sigma is tiny", "N", zero=True)
+    skip_last: int = setting(
+        2, "do not train the last N steps: their sigma is tiny", "N", zero=True
+    )
     lr_schedule: str = setting(
         "cosine",
-        "whether the step size falls to 0 as a cosine, or stays",
+        "the step size falls to 0 as a cosine, or stays",
         choices=["cosine", "constant"],
     )
-    warm_up: int = setting(3, "number of epochs in which the step size rises to --lr", "N")
-    weight_decay: float = setting(1e-4, "AdamW's weight decay, per unit of --lr", "X", zero=True)
-    max_grad_norm: float = setting(1.0, "norm to which a gradient is clipped", "X")
+    warm_up: int = setting(3, "epochs in which the step size rises to --lr", "N")
+    weight_decay: float = setting(1e-4, "of AdamW, per unit of --lr", "X", zero=True)
+    max_grad_norm: float = setting(1.0, "gradients are clipped to this norm", "X")
     lora_rank: int = setting(16, "rank of the LoRA on queries, keys and values", "N")
 
 
@@ -253,31 +251,29 @@ class Method:
 class Machine:
     """the machine"""
 
-    batch_size: int = setting(1, "groups that each device trains on together", "N")
+    batch_size: int = setting(1, "groups at a time on each device, and in an update", "N")
     device: str = setting(
         "auto",
-        "what to compute on; auto: the fastest that there is",
+        "to compute on; auto: the best one that there is",
         choices=["auto", "cpu", "cuda", "mps"],
     )
     precision: str | None = setting(
         None,
-        "precision of all but the LoRA and log-probs; by default fp16 with CUDA, else fp32",
+        "of all but the LoRA and log-probs; by default fp16 with CUDA, else fp32",
         choices=PRECISIONS,
     )
-    gradient_checkpointing: bool = setting(
-        True, "training takes less memory, and a third more time"
-    )
+    gradient_checkpointing: bool = setting(True, "less memory, a third more time")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
     """the evaluation"""
 
-    eval_images: int = setting(45, "number of held-out images, of the prompts in turn", "N")
+    eval_images: int = setting(45, "held-out images, of the prompts in turn", "N")
     eval_prompts: str | list | None = setting(
-        None, "prompts of these images, as for --prompts; by default those that are trained on"
+        None, "prompts of these images, as --prompts; by default those that are trained on"
     )
-    eval_every: int = setting(2, "evaluate them every N epochs", "N")
+    eval_every: int = setting(2, "epochs from one evaluation of them to the next", "N")
 
 
 GROUPS = (Common, Learning, Sampling, Method, Machine, Evaluation)
@@ -360,8 +356,7 @@ def argument(option: Field) -> dict:
         more = {"action": argparse.BooleanOptionalAction if option.default else "store_true"}
     kinds = [kind for kind in (int, float, Path) if kind in kinds_of(option)]
     more |= {"type": kinds[0]} if kinds else {}
-    default = "on" if option.default is True else option.default
-    shown = "" if default is None or default is False else f" (default: {default})"
+    shown = "" if option.default is None else f" (default: {option.default})"
     return {**more, "help": option.metadata["help"] + shown}
 
 
@@ -396,10 +391,10 @@ def epilog() -> str:
         "the emoji model": EMOJI_PRESETS,
         **{f"--objective {source}": SOURCE_PRESETS[source] for source in PEOPLE},
         "--labels": {**SOURCE_PRESETS["labels"], "epochs": LABEL_PASSES},
-        "every --loss but chain": OTHERS,
+        "--loss eq14 and all but chain": OTHERS,
         **{f"--recipe {recipe}": preset for recipe, preset in RECIPES.items()},
     }
-    texts = [METHOD, "", "other defaults, which what you type replaces:"]
+    texts = [METHOD, "", "defaults of their own, after which comes what you type:"]
     texts += [f"  {name}: {as_flags(preset)}" for name, preset in presets.items()]
     wrapped = [textwrap.wrap(text, 79, subsequent_indent="    ") or [""] for text in texts]
     return "\n".join(line for lines in wrapped for line in lines)
@@ -519,13 +514,13 @@ def saved_settings(folder: Path, typed: dict) -> dict:
         config = files.read_json(folder / "config.json")
         saved = {name: config[name] for name in SAVED}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        message = f"{folder} is not the folder of a run: it has no config.json with its settings"
+        message = f"{folder} is no run of sd_demo.py: it has no config.json with its settings"
         raise UserError(message) from error
     fixed = SAVED - ON_RESUME if typed.get("resume") else {"model", "lora_rank"}
     for name in sorted(fixed & typed.keys()):
         if describe(typed[name]) != saved[name]:
             remedy = f"{folder} was started with {flag_of(name)} {saved[name]}"
-            raise UserError(f"{remedy}: give the same, or start a new run")
+            raise UserError(f"{remedy}: give the same, or a new run")
     needed = FROM_PYTHON if typed.get("resume") else FROM_PYTHON - {"labeller"}
     missing = [
         f"{name}={saved[name][1:-1]}"
@@ -581,24 +576,23 @@ def problems(args: Settings) -> dict[str, bool]:
         ),
         "--prompts: give animals, hand, unsafe or a file": not args.prompts and not args.labels,
         "--height and --width: give both, or none": bool(args.height) != bool(args.width),
-        "--labels and --replay train on trajectories that no model sampled: give "
+        "--labels and --replay draw trajectories anew, which nobody sampled: they need "
         "--reference initial": redrawn and not of_initial,
         f"--images-per-prompt {K}: a preference needs 2 or more": K < 2,
         f"--skip-last {args.skip_last}: some of the --num-steps {T} must be left": (
             args.skip_last >= T
         ),
-        "--loss chain has one loss for all steps: leave out --update-every timestep": (
+        "--loss chain has one loss for a chain: give no --update-every timestep": (
             args.loss == "chain" and args.update_every == "timestep"
         ),
         f"--clip {args.clip}: give a number below 1": (args.clip or 0) >= 1,
-        f"{loss} clamps no ratio: leave out --clip": (
+        f"{loss} clamps no ratio: give no --clip": (
             args.clip and args.loss not in ("eq14", "eq12", "ddpo")
         ),
         f"{loss} needs a --beta above 0": args.beta == 0 and args.loss != "sft",
-        f"{loss} learns from one score of each new image: give one scorer as --objective, and "
-        "neither --labels nor --replay": args.loss in SCORED
-        and not (args.evaluate or scores_all(args)),
-        f"{loss} compares with the initial model: give --reference initial": (
+        f"{loss} learns from one score of each new image: give one scorer as --objective, no "
+        "--labels and no --replay": args.loss in SCORED and not (args.evaluate or scores_all(args)),
+        f"{loss} has the initial model as reference: give --reference initial": (
             args.loss not in OF_PAIRS and not of_initial
         ),
         f"--device {args.device} is not on this machine: give another, or auto": (

@@ -238,6 +238,4 @@ def ending(folder: Path, epochs: int, objective: str | None) -> str:
         f"To compare it with the initial model: python sd_demo.py --evaluate {folder}{by_people}",
         f"To go on: python sd_demo.py --resume {folder} --epochs {2 * max(epochs, 1)}",
     ]
-    if not settings_of(folder).stopped:  # else its reason says how
-        lines.append(f"Go on: python sd_demo.py --resume {folder} --epochs {2 * max(epochs, 1)}")
     return "\n".join(lines)

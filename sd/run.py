@@ -162,21 +162,20 @@ def describe(setup: Setup) -> str:
     args, model = setup.args, setup.model
     row, device = args.row(), str(model.network.device)
     if not torch.cuda.is_available():
-        device += " (there is no CUDA GPU)"
+        device += ", as there is no CUDA GPU"
     D, weights = math.prod(model.latent_shape), sum(weight.numel() for weight in model.lora)
     first = " ".join(model.prompts[0].split())
     lines = [
-        f"Model: {row['model']} on {device}, in {args.precision}, with a LoRA of rank "
-        f"{args.lora_rank} ({weights / 1e6:.2f} M weights).",
-        f"Prompts: {len(model.prompts)} of {row['prompts'] or row['labels']}, first: {first:.80}",
+        f"{row['model']} on {device}; {args.precision}; LoRA rank {args.lora_rank}: "
+        f"{weights / 1e6:.2f} M weights.",
+        f"Prompts of {row['prompts'] or row['labels']}: {len(model.prompts)}, first: {first:.80}",
     ]
     if setup.label_groups:
         lines.append(f"{len(setup.label_groups)} groups of --labels are trained on first.")
     if args.evaluate:
         lines.append(
-            f"The initial and the tuned model draw {args.eval_images} images each from the same "
-            f"starting noises, compared by {row['objective']}; then the same at the pipeline's own "
-            "settings."
+            f"Initial and tuned model draw {args.eval_images} images from the same noises, "
+            f"compared by {row['objective']}; then at the pipeline's own settings."
         )
     elif args.objective:
         images = args.prompts_per_epoch * args.images_per_prompt
@@ -566,8 +565,7 @@ class Run:
 
     def record_stop(self, epoch: int) -> None:
         """Say, in config.json and the report too, why a run ends before this epoch is kept."""
-        last = f"{self.word} {epoch - 1}" if epoch > 1 else None
-        reason = describe_stop(self.args.max_kl, last, self.folder)
+        reason = describe_stop(self.args, epoch, self.folder)
         file = self.folder / "config.json"
         files.save_json(file, files.read_json(file) | {"stopped": reason})
         report.write(self.folder, epoch - 1, self.code())

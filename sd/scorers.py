@@ -203,7 +203,7 @@ def load_function(file: str, function: str) -> Callable:
     """
     path = Path(os.path.abspath(file))
     if not os.path.isfile(path):  # Path.is_file fails on a name that is too long
-        raise UserError(f"{file}:{function}: there is no such file")
+        raise UserError(f"there is no file {file} with a scorer '{function}'")
     if str(path.parent) not in sys.path:
         sys.path.append(str(path.parent))
     spec = spec_from_file_location("scorer_" + re.sub(r"\W", "_", path.stem), path)
@@ -213,7 +213,7 @@ def load_function(file: str, function: str) -> Callable:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
         problem = f"{type(error).__name__}: {error}"
-        raise UserError(f"{file}:{function}: the file cannot be run ({problem})") from error
+        raise UserError(f"{file}:{function} cannot be loaded ({problem})") from error
     if not callable(scorer := getattr(module, function, None)):
         raise UserError(f"{file}:{function}: the file has no function '{function}'")
     return scorer

@@ -136,7 +136,7 @@ def line_of(row: dict, initial: dict | None = None, **settings) -> str:
 
 
 @pytest.mark.parametrize("change, parts", LINES)
-def test_an_epochs_lines_have_its_numbers_and_warnings(change, parts):
+def test_an_epochs_line_has_its_numbers_and_warnings(change, parts):
     row = ROW | change
     line = line_of(row | {"warnings": warnings_of(row)})
     assert all(part in line for part in parts) and "None" not in line

@@ -150,14 +150,14 @@ def test_the_common_flags_fill_a_screen_and_help_shows_each_default(monkeypatch)
     text = options.build_parser().format_help()
     first = text.split("\n\nwhat to learn:\n")[0].splitlines()
     assert len(first) <= 40 and max(map(len, first)) <= 80
-    entries = re.split(r"\n  (?=--)", text.split("\n\nother defaults")[0])[1:]
+    entries = re.split(r"\n  (?=--)", text.split("\n\ndefaults of their own")[0])[1:]
     helps = {entry.split()[0].rstrip(","): "".join(entry.split()) for entry in entries}
     assert helps.keys() == {options.flag_of(name) for name in options.FLAGS}
     for name, option in options.FLAGS.items():
         if type(option.default) in (int, float, str):
             assert f"(default:{option.default})" in helps[options.flag_of(name)]
     without = {flag for flag, shown in helps.items() if "default" not in shown}
-    assert without == {"--objective", "--labels", "--resume", "--evaluate", "--dry-run"}
+    assert without == {"--objective", "--labels", "--resume", "--evaluate"}
 
 
 @pytest.mark.slow
@@ -211,7 +211,7 @@ def test_a_resumed_run_takes_more_epochs_another_port_and_what_it_has(earlier):
         ("--objective tags", "--objective human"),
     ):
         message = refusal(f"--resume {earlier} {flags}")
-        assert f"was started with {was}: give the same, or start a new run" in message
+        assert f"was started with {was}: give the same, or a new run" in message
 
 
 def test_an_evaluation_takes_other_settings_but_the_same_weights(earlier):
@@ -226,7 +226,7 @@ def test_a_folder_that_is_no_run_or_one_of_another_version_is_refused(earlier, c
     file = earlier / "config.json"
     file.unlink() if content is None else file.write_text(content)
     for start in ("--resume", "--evaluate"):
-        assert f"{earlier} is not the folder of a run" in refusal(f"{start} {earlier}")
+        assert f"{earlier} is no run of sd_demo.py" in refusal(f"{start} {earlier}")
 
 
 def test_files_are_found_from_another_folder_and_links_are_not_followed(tmp_path, monkeypatch):
@@ -293,8 +293,8 @@ REFUSED = {
     "--images .": "--images is the folder of the images of --labels",
     "--height 64": "--height and --width: give both, or none",
     "--width 64": "--height and --width: give both, or none",
-    "--replay 1 --reference previous": "give --reference initial",
-    "--labels x.csv --reference previous": "give --reference initial",
+    "--replay 1 --reference previous": "need --reference initial",
+    "--labels x.csv --reference previous": "need --reference initial",
     "--replay -1": "--replay -1: give a number, 0 or more",
     "--max-kl 0": "--max-kl 0.0: give a number, more than 0",
     "--epochs 0": "--epochs 0: give a number, more than 0",
@@ -305,11 +305,11 @@ REFUSED = {
     "--num-steps 2": "--skip-last 2: some of the --num-steps 2 must be left",
     "--images-per-prompt 1": "a preference needs 2 or more",
     "--clip 1": "--clip 1.0: give a number below 1",
-    "--loss chain --update-every timestep": "leave out --update-every timestep",
-    "--loss chain --recipe paper": "clamps no ratio: leave out --clip",
-    "--loss dpok --recipe paper": "--loss dpok clamps no ratio: leave out --clip",
+    "--loss chain --update-every timestep": "give no --update-every timestep",
+    "--loss chain --recipe paper": "clamps no ratio: give no --clip",
+    "--loss dpok --recipe paper": "--loss dpok clamps no ratio: give no --clip",
     "--beta 0": "--loss chain needs a --beta above 0",
-    "--loss ddpo --replay 2": "give one scorer as --objective, and neither --labels nor --replay",
+    "--loss ddpo --replay 2": "give one scorer as --objective, no --labels and no --replay",
     "--loss dpok --labels x.csv": "learns from one score of each new image",
     "--loss reward-weighted --objective tags": "learns from one score of each new image",
     "--loss dpok --objective aesthetic,alignment": "learns from one score of each new image",
