@@ -236,6 +236,7 @@ def ending(folder: Path, epochs: int, objective: str | None) -> str:
         f"The LoRA: {folder / 'lora'}",
         f"The report: {folder / 'report.html'}",
         f"To compare it with the initial model: python sd_demo.py --evaluate {folder}{by_people}",
-        f"To go on: python sd_demo.py --resume {folder} --epochs {2 * max(epochs, 1)}",
     ]
+    if not settings_of(folder).stopped:  # its reason says how to go on
+        lines.append(f"To go on: python sd_demo.py --resume {folder} --epochs {2 * max(epochs, 1)}")
     return "\n".join(lines)
