@@ -542,7 +542,7 @@ def test_a_taken_port_is_said_and_the_next_free_one_taken(start, tmp_path):
     first, second = start(questions), start(questions)
     assert first.port != second.port and {first.port, second.port} <= set(annotate.PORTS)
     for port in (first.port, 70_000):
-        with pytest.raises(annotate.UserError, match=f"{port}: give another --port"):
+        with pytest.raises(annotate.UserError, match=f"{port} is not free"):
             annotate.listen(port)
 
 

@@ -186,10 +186,10 @@ def test_people_who_prefer_nothing_in_three_epochs_end_the_run(tiny, tmp_path, m
         for _ in range(3):
             answer(page, lambda question: next(answers))
 
-    with somebody(script), pytest.raises(UserError, match="No label of the epochs 1 to 3 says .*"):
+    with somebody(script), pytest.raises(UserError, match="No label of rounds 1 to 3 says .*"):
         sd_demo.run(**settings)
     assert len(read_rows(page.run)) == 6 and last_metrics(page.run)["epoch"] == 3
-    assert "No label of the epochs 1 to 3" in farewells[0] and lora_of(page.run)
+    assert "No label of rounds 1 to 3" in farewells[0] and lora_of(page.run)
 
 
 def test_an_object_that_labels_trains_the_weights_of_its_scorer(tiny, tmp_path):

@@ -150,7 +150,7 @@ def test_the_common_flags_fill_a_screen_and_help_shows_each_default(monkeypatch)
     text = options.build_parser().format_help()
     first = text.split("\n\nwhat to learn:\n")[0].splitlines()
     assert len(first) <= 40 and max(map(len, first)) <= 80
-    entries = re.split(r"\n  (?=--)", text.split("\n\ndefaults of their own")[0])[1:]
+    entries = re.split(r"\n  (?=--)", text.split("\n\nother defaults")[0])[1:]
     helps = {entry.split()[0].rstrip(","): "".join(entry.split()) for entry in entries}
     assert helps.keys() == {options.flag_of(name) for name in options.FLAGS}
     for name, option in options.FLAGS.items():
@@ -211,7 +211,7 @@ def test_a_resumed_run_takes_more_epochs_another_port_and_what_it_has(earlier):
         ("--objective tags", "--objective human"),
     ):
         message = refusal(f"--resume {earlier} {flags}")
-        assert f"was started with {was}: give the same, or a new run" in message
+        assert f"was started with {was}: give the same, or start a new run" in message
 
 
 def test_an_evaluation_takes_other_settings_but_the_same_weights(earlier):

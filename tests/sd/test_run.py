@@ -373,7 +373,7 @@ def test_a_second_start_on_a_run_is_refused_and_changes_nothing(done, capsys):
     with files.Lock() as lock:
         lock.acquire(done)
         for command in ("resume", "evaluate"):
-            assert refusal(**{command: done}).startswith(f"{done} is at work in another process")
+            assert refusal(**{command: done}).startswith(f"{done} is in use by another process")
         sd_demo.run(resume=done, dry_run=True)  # which only reads
     assert contents(done) == before
 
@@ -386,7 +386,7 @@ def test_a_run_holds_its_folder_and_lets_go_of_it_when_it_is_stopped(
     out = copy if earlier else tmp_path / "new"
 
     def train(run):
-        with pytest.raises(UserError, match="at work in another process"), files.Lock() as lock:
+        with pytest.raises(UserError, match="in use by another process"), files.Lock() as lock:
             lock.acquire(out)
         os.kill(os.getpid(), stop)
         yield
@@ -441,7 +441,7 @@ def test_without_its_checkpoint_a_run_is_evaluated_by_its_lora_and_not_resumed(
 
     before = contents(copy)
     message = refusal(resume=copy, epochs=3)
-    assert str(copy) in message and "state.pt" in message and "put a copy" in message
+    assert str(copy) in message and "state.pt" in message and "restore a copy" in message
     assert contents(copy) == before
 
 
