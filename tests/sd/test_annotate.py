@@ -4,11 +4,8 @@ import contextlib
 import http.client
 import http.server
 import json
-import random
 import shutil
 import socket
-import subprocess
-import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -462,22 +459,6 @@ def test_undo_hold_and_finish_by_the_page(start, tmp_path, monkeypatch, is_blind
     assert state["status"] == words and state["blind"] == (not state["training"]) == is_blind
 
 
-def test_no_page_opens_where_labels_are_complete(start, tmp_path):
-    """As another tool may write them, from questions.jsonl."""
-    questions = make_questions(tmp_path)
-    start(questions)
-    lines = (tmp_path / "questions.jsonl").read_text().splitlines()
-    rows = [json.loads(line) | {"h": 1} for line in lines]
-    save_lines(tmp_path / "labels.jsonl", rows)
-    server = annotate.AnnotationServer(tmp_path, 1, 0)
-    assert server.ask(questions) == rows == [q | {"h": 1} for q in questions]
-    assert server.ask([]) == [] and server.url is None
-    server.close()
-    (tmp_path / "labels.jsonl").write_text("{}\n")
-    with pytest.raises(annotate.UserError, match="line 1: 'epoch' is missing"):
-        server.ask(questions)
-
-
 def test_closing_tells_open_pages_and_then_serves_no_more(start, tmp_path, monkeypatch):
     session = start(make_questions(tmp_path, N=1))
     post_answer(session, session.open()[0]["id"], 1)
@@ -721,49 +702,7 @@ def test_every_reply_has_the_security_headers(guarded, monkeypatch):
     assert replies[1].headers["Cache-Control"] == "no-store"
 
 
-# A kill, and a browser
-
-
-PROGRAM = """
-import json, sys
-from pathlib import Path
-from sd.annotate import AnnotationServer
-run, server = Path(sys.argv[1]), AnnotationServer(Path(sys.argv[1]), 1, 0, port=int(sys.argv[2]))
-rows = server.ask(json.loads((run / "asked").read_text()))
-(run / "rows").write_text(json.dumps(rows))
-"""
-
-
-@pytest.mark.slow
-def test_kill_9_loses_no_label(tmp_path):
-    page, answers, chance = Page(tmp_path, free_port()), [], random.Random(1)
-    questions = make_questions(tmp_path, N=30)
-    (tmp_path / "asked").write_text(json.dumps(questions))
-    command = [sys.executable, "-c", PROGRAM, str(tmp_path), str(page.port)]
-    for stop in (9, 17, None):
-        process = subprocess.Popen(command, cwd=ROOT)
-        until(lambda: is_serving(page))
-        opened = open_questions(page)
-        assert [q["prompt"] for q in opened] == [q["prompt"] for q in questions[len(answers) :]]
-        if stop:  # the kill comes while somebody answers
-            threading.Timer(chance.uniform(0.02, 0.2), process.kill).start()  # SIGKILL
-        for q in opened[: stop and stop - len(answers)]:
-            h = chance.choice([1, -1, 0])
-            try:
-                reply = post_answer(page, q["id"], h)
-            except (OSError, http.client.HTTPException):
-                break
-            assert reply.status == 200
-            answers.append(h)
-        if stop:
-            process.wait(WAIT)
-            kept = [row["h"] for row in read_rows(tmp_path)]
-            assert kept[: len(answers)] == answers  # one more whose reply the kill swallowed
-            answers = kept
-    assert process.wait(WAIT) == 0
-    rows = json.loads((tmp_path / "rows").read_text())
-    assert [row["h"] for row in rows] == answers == [row["h"] for row in read_rows(tmp_path)]
-    assert len(answers) == 30
+# A browser
 
 
 @pytest.fixture(scope="module")

@@ -224,10 +224,10 @@ def lora(tiny):
     [
         ("", "", None),
         ("text_encoder.", "", None),
-        ("up_blocks", "up_blockz", r"\d\d of its 84 matrices have a layer in this model"),
+        ("mid_block", "mid_blockz", "12 of its 24 matrices have a layer in this model"),
         ("lora_A", "hada_w1_a", "it is a LoHa"),
         ("lora_A", "lokr_w1", "it is a LoKr"),
-        ("unet.", "transformer.", "0 of its 84 matrices"),
+        ("unet.", "transformer.", "0 of its 24 matrices"),
     ],
 )
 def test_a_lora_is_fused_whole_or_refused(part, other, sentence, lora, tmp_path):
@@ -272,11 +272,11 @@ def test_one_file_says_what_it_lacks(keys, sentence, tmp_path):
 
 
 def test_prompts_are_encoded_when_they_are_needed(tiny):
-    loaded = Loaded(tiny, prompts=[f"a cat {n}" for n in range(20_000)])
+    loaded = Loaded(tiny, prompts=[f"a cat {n}" for n in range(500)])
     cache = loaded.model.conditioning.cache
     assert len(cache) == 1
-    loaded.sample((7, 19_999))
-    assert set(cache) == {0, 7, 19_999}
+    loaded.sample((7, 499))
+    assert set(cache) == {0, 7, 499}
 
 
 def test_old_prompts_are_forgotten(tiny, monkeypatch):
