@@ -406,7 +406,7 @@ def test_a_labeller_takes_the_place_of_the_page(tiny, tmp_path):
 CHOICES = [
     "--loss eq12 --reference previous --skip-last 1",
     "--update-every trajectory --reference previous --clip 0.1 --batch-size 1",
-    "--precision bf16 --gradient-checkpointing",
+    "--precision bf16 --gradient-checkpointing --num-steps 2",
     "--recipe paper --lr 1e-3",
     "--loss diffusion-dpo --replay 1",
     "--loss dpok",
@@ -515,7 +515,7 @@ def test_a_run_ends_whose_scorer_gives_some_images_no_score(tiny, scorers, tmp_p
 
 def test_a_prompt_that_is_there_twice_keeps_its_images(tiny, scorers, tmp_path):
     (tmp_path / "p.csv").write_text('prompt\n"a cat,\nasleep"\na dog\na dog\n')
-    flags = f"--prompts {tmp_path}/p.csv --prompts-per-epoch 8 --epochs 1"
+    flags = f"--prompts {tmp_path}/p.csv --prompts-per-epoch 8 --epochs 1 --num-steps 1"
     out = run(tiny, tmp_path / "run", f"{scorers}:brightness", flags)
     prompts = {"a cat,\nasleep", "a dog"}
     assert {row["prompt"] for row in read_rows(out / "labels.jsonl")} == prompts
@@ -553,13 +553,9 @@ def test_evaluation_compares_with_the_initial_model_on_new_noises(done, tiny, tm
 
 REFUSED = {  # after the settings, whose refusals are in test_options.py
     "--model nobody/nothing": "network access; or give a folder",
-    "--model empty": "give another folder",
-    "--eta 1.5": "eta = 1.5: choose 0 < eta <= 1",
-    "--objective beauty": "objective 'beauty' is unknown: choose one of",
     "--objective SCORERS:raises": "raised RuntimeError: no luck",
     "--watch SCORERS:same,SCORERS:blue": "give one scorer",
     "--prompts nothing": "give a file, or animals",
-    "--prompts-per-epoch 3": "give a multiple of 2",
 }
 
 
@@ -568,11 +564,10 @@ def test_a_run_that_cannot_be_is_refused_in_one_sentence_and_nothing_is_written(
     tiny, scorers, tmp_path, monkeypatch, flags
 ):
     monkeypatch.chdir(tmp_path)
-    Path("empty").mkdir()
     with pytest.raises(UserError) as refused:
         run(tiny, Path("run"), "compressibility", flags.replace("SCORERS", str(scorers)))
     assert REFUSED[flags] in " ".join(str(refused.value).split())
-    assert [*tmp_path.rglob("*")] == [tmp_path / "empty"]
+    assert not [*tmp_path.rglob("*")]
 
 
 def test_main_says_a_users_mistake_and_lets_a_bug_show_its_traceback(
