@@ -2,7 +2,6 @@
 
 import copy
 import math
-from functools import partial
 
 import pytest
 import torch
@@ -18,12 +17,10 @@ T, PAIRS, BETA, LR = 5, 16, 0.3, 1e-2
 RING = MIXTURES["ring"]
 EXACT = worlds.exact_denoiser(RING)
 SCHEDULE = d3po.make_schedule(ALPHA_BARS, T)
-METHODS = {  # function, when to update, updates an epoch
-    "eq14": (d3po.d3po_losses, "timestep", T),
-    "eq12": (partial(d3po.d3po_losses, steps=[0]), "timestep", 1),
-    "chain": (d3po.chain_dpo_losses, "trajectory", 1),
+METHODS = {  # function, when to update
+    "eq14": (d3po.d3po_losses, "timestep"),
+    "chain": (d3po.chain_dpo_losses, "trajectory"),
 }
-EVERY_METHOD = pytest.mark.parametrize("method", METHODS)
 BOTH_REFERENCES = pytest.mark.parametrize(
     "reference", [EXACT, "previous"], ids=["initial", "previous"]
 )
@@ -45,7 +42,7 @@ eq14 = pair_loss(d3po.d3po_losses, BETA)
 
 def epochs_of(policy, n=3, method="eq14", *, losses=None, **options):
     """Run `align` with the settings of this file."""
-    function, update_every, _ = METHODS[method]
+    function, update_every = METHODS[method]
     settings = {
         "reference": EXACT,
         "score": worlds.reach,
@@ -71,7 +68,7 @@ class Counted(nn.Module):
 
 
 @BOTH_REFERENCES
-@pytest.mark.parametrize("method", ["eq14", "chain"])
+@pytest.mark.parametrize("method", METHODS)
 def test_the_loop_is_algorithm_1(method, reference, monkeypatch):
     monkeypatch.setattr("toy.align.MAX_GRAD_NORM", 0.1)  # which these gradients exceed
     n = 3
@@ -108,17 +105,6 @@ def test_the_loop_is_algorithm_1(method, reference, monkeypatch):
             step()
     for a, b in zip(policy.parameters(), typed.parameters(), strict=True):
         assert torch.equal(a, b)
-
-
-@EVERY_METHOD
-def test_alignment_raises_the_score_and_the_accuracy(method):
-    policy = new_policy()
-    torch.manual_seed(2)
-    first, *_, last = (epoch for epoch in epochs_of(policy, 40, method, label=d3po.preference))
-    before, after = (epoch.new.scores.mean().item() for epoch in (first, last))
-    # the error of a mean of 32 scores is about 0.2; Eq. 12 trains the first of 5 steps only
-    assert after > before + (0.3 if method == "eq12" else 0.8), (before, after)
-    assert first.accuracy == 0.5 and first.margin == 0  # the policy is the reference
 
 
 def test_calls_of_the_networks():
@@ -291,7 +277,7 @@ def all_ties(a, b):
     return torch.zeros(len(a), dtype=torch.long)
 
 
-@pytest.mark.parametrize("method", ["eq14", "chain"])
+@pytest.mark.parametrize("method", METHODS)
 def test_an_epoch_of_ties_changes_nothing_and_reports_numbers(method):
     policy = new_policy()
     before = nn.utils.parameters_to_vector(policy.parameters()).clone()
