@@ -62,8 +62,9 @@ def test_guidance_is_that_of_two_calls_but_takes_one(tiny, precision):
     assert (prompted - empty).abs().max() > 2 * tolerance  # so the test sees the guidance
 
 
-def test_at_scale_1_the_empty_prompt_is_left_out(tiny):
-    loaded = Loaded(tiny, "--guidance-scale 1")
+@pytest.mark.parametrize("scale", [0.5, 1])
+def test_at_scale_1_and_below_the_empty_prompt_is_left_out(tiny, scale):
+    loaded = Loaded(tiny, guidance_scale=scale)
     unet, text = loaded.model.network, embeddings(loaded.model, [1, 3])[:, 0]
     x, time = torch.randn(2, 4, 16, 16), torch.tensor([900, 300])
     rows = count_rows(unet)

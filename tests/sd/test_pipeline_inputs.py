@@ -98,12 +98,6 @@ def test_times_are_those_of_stock_but_0(spacing, tmp_path):
     assert spacing != "linspace" or loaded.schedule.timesteps[0] == 999
 
 
-@pytest.mark.parametrize("scale", ["0.5", "1"])
-def test_no_guidance_at_1_and_below(scale, tiny):
-    loaded = Loaded(tiny, f"--guidance-scale {scale}").model
-    assert loaded.conditioning.halves == 1
-
-
 TINY_VAE = {"latent_channels": 4, "num_decoder_blocks": [1] * 4, "num_encoder_blocks": [1] * 4}
 ASYMMETRIC_VAE = {
     "down_block_types": ("DownEncoderBlock2D",) * 3,
