@@ -328,6 +328,13 @@ def test_finish_skips_for_all_and_is_remembered(tmp_path):
     assert People(tmp_path, rows, annotators=2).decide()[0] == [1, 0, 0, 0]  # nobody is asked
 
 
+def test_finish_before_any_answer_keeps_nothing_so_that_a_resumed_run_asks_again(tmp_path):
+    people = People(tmp_path, make_questions(tmp_path, N=2))
+    people.questions.end(people.open()[0]["id"], "run")
+    assert people.decide()[0] == [0, 0] and people.questions.finished
+    assert not read_rows(tmp_path)
+
+
 def test_a_full_disk_is_said_and_leaves_no_half_line(tmp_path, monkeypatch):
     people = People(tmp_path, make_questions(tmp_path, N=2))
     people.answer(1)
