@@ -654,29 +654,6 @@ def test_labels_of_a_run(folder):
     assert read_text(folder, "labels.jsonl", cut).groups == label_file.groups
 
 
-def test_describe(folder):
-    rows = [
-        pair("a", "b", "a very\nlong prompt " * 20),
-        pair("c", "d"),
-        pair("c", "e"),
-        pair("x", "y"),
-        pair("x", "y"),
-        CAT | {"images": AB, "h": 0},
-        CAT | {"images": DC, "h": 1},
-        CAT | {"images": DC, "h": None},
-        CAT | {"images": ["a.png", "f.png"], "h": None},
-        pair("gone", "b"),
-    ]
-    counts, first = read(folder, rows).describe().split("\n")
-    assert counts == (
-        "prompts: 2, images: 7, votes: 5, pairs: 4, pairs that disagree: 0, groups: 3, ties: 1, "
-        "skipped: 2, corrections: 1, "
-        f"missing files: 1 (such as {folder / 'gone.png'}), unreadable files: 0"
-    )
-    assert first.startswith("The first comparison as understood: a very long prompt a very")
-    assert first.endswith("...: a.png is better than b.png") and len(first) < 150
-
-
 # Flaws
 
 GOOD = json.dumps(pair("a", "b"))
