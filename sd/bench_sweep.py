@@ -26,7 +26,7 @@ SEEDS = (5, 6)
 JUDGED = 180  # images
 GRID = [
     {"lr": lr, "beta": beta, "replay": 4, "warm_up": 3}
-    for lr, beta in [(5e-4, 0.12), (1e-3, 0.25), (1e-3, 0.12), (5e-4, 0.25), (1.5e-3, 0.12)]
+    for lr, beta in [(1e-3, 0.25), (5e-4, 0.12), (1e-3, 0.17), (1e-3, 0.12), (1.5e-3, 0.12)]
 ]
 AROUND = [{"replay": 2}, {"warm_up": 1}, {"warm_up": 6}, {"replay": 8}]
 NAMES = ("lr", "beta", "replay", "warm_up")

@@ -315,7 +315,9 @@ def main(argv: list[str] | None = None) -> None:
     # References, sweep, and the chosen settings on the other seeds
     seeds = SEEDS[:1] if args.quick else SEEDS
     worlds = [{}]
-    worlds += [METHODS[name].world for name in names if METHODS[name].world not in worlds]
+    for name in names:
+        if METHODS[name].world not in worlds:
+            worlds.append(METHODS[name].world)
     references = [(SWEEP_SEED, settings)]
     references += [(seed, settings | world) for world in worlds for seed in seeds]
     run_all(prepare, references, args, title="references")
