@@ -333,10 +333,6 @@ def test_from_python_a_choice_is_checked_too():
         options.make_settings(objective="compressibility", loss="lora")
 
 
-def test_without_an_objective_the_command_line_asks_for_one():
-    assert "say what to learn: --objective" in refusal("")
-
-
 @pytest.mark.parametrize("flag", ["--out", "--labels", "--model", "--images", "--init-lora"])
 def test_a_name_too_long_for_a_file_is_no_traceback(flag):
     parse(f"--objective compressibility --labels x.csv --model some/thing {flag} {'a' * 300}")
