@@ -147,14 +147,6 @@ def test_images_are_those_of_the_stock_pipeline(tmp_path, variant, capsys):
     assert not same_images(images[:1], images[1:2], 3)  # one x_T, but other noise on the way
 
 
-def test_the_chains_of_a_group_start_alike_and_part(tiny):
-    batch = Loaded(tiny).sample((1, 3), 3)
-    start, end = (state.view(2, 3, -1) for state in batch.trajectory.x[[0, -1]])
-    assert torch.equal(start[:, 0], start[:, 1]) and torch.equal(start[:, 0], start[:, 2])
-    assert not torch.equal(start[0], start[1])
-    assert len({tuple(chain.tolist()) for chain in end.flatten(0, 1)}) == 6
-
-
 def held_out(loaded, purpose=RandomPurpose.HELD_OUT) -> tuple[list, list, float | None]:
     return model.sample_held_out(loaded.model, loaded.model.sampler, loaded.args, purpose=purpose)
 

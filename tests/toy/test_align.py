@@ -123,22 +123,6 @@ def test_calls_of_the_networks():
     assert policy.calls == 2 * 2 * T  # nothing else can have been called
 
 
-def test_the_previous_reference_is_the_policy_that_sampled():
-    for epoch in epochs_of(perturbed_policy(), 3, reference="previous"):
-        assert torch.equal(epoch.new.ref_log_prob, epoch.new.trajectory.log_prob)
-        assert epoch.accuracy == 0.5 and epoch.margin == 0
-
-
-def test_pairs_share_their_x_T_and_labels_compare_their_ends():
-    epoch = next(epochs_of(new_policy()))
-    x = epoch.new.trajectory.x
-    assert x.shape == (T + 1, 2 * PAIRS, 2)
-    assert torch.equal(x[0, 0::2], x[0, 1::2]) and not torch.equal(x[1, 0::2], x[1, 1::2])
-    first, second = worlds.reach(x[-1, 0::2]), worlds.reach(x[-1, 1::2])
-    assert torch.equal(epoch.new.scores, torch.stack([first, second], 1))
-    assert torch.equal(epoch.new.h, (first - second).sign().long())
-
-
 @pytest.mark.parametrize("chains", [1, 4])
 def test_a_group_of_another_size_shares_an_x_T(chains):
     epoch = next(epochs_of(new_policy(), chains_per_x_T=chains))
