@@ -3,7 +3,7 @@
     python -m sd.bench_cost    # 8 minutes and more on two cores; nothing else may run meanwhile
 
 The bundled emoji model is timed and counted. Of SD 1.5, SDXL and SD 3 there are the architectures,
-in fp16: bytes, operations and rows are counted on tensors without data (torch's meta device). On a
+in fp16: bytes and operations are counted on tensors without data (torch's meta device). On a
 CUDA GPU of 24 GB or more SD 1.5 is timed instead, with random weights.
 
 All sides train one LoRA on the same trajectories and pairs; tests/sd/test_bench_cost.py compares
@@ -22,9 +22,7 @@ import platform
 import re
 import time
 import weakref
-from collections import Counter
 from collections.abc import Callable
-from contextlib import ExitStack
 from functools import cached_property, partial
 from itertools import combinations
 from pathlib import Path
@@ -35,7 +33,6 @@ import numpy as np
 import torch
 import transformers
 from diffusers import DiffusionPipeline, StableDiffusionPipeline
-from diffusers.training_utils import cast_training_params
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.utils import flop_counter
@@ -52,7 +49,20 @@ from sd.prompts import load_prompts
 MARK = "<!-- python -m sd.bench_cost writes what is between these two lines -->\n"
 FIXED = {"objective": "compressibility", "guidance_scale": 5, "max_grad_norm": 1e9, "beta": 0.05}
 LENGTHS = (2, 4, 8)  # T of the figure
+# GB; TFLOP/s that makers give for fp16 products summed in float32; how many cards
+CARDS = {
+    "8 GB: RTX 3070": (8, 41, 1),
+    "12 GB: RTX 3060": (12, 25, 1),
+    "16 GB: T4": (16, 65, 1),
+    "24 GB: RTX 4090": (24, 165, 1),
+    "80 GB: A100": (80, 312, 1),
+}
+AUTHORS_CARDS = "4 x 32 GB: V100", (32, 125, 4)
+SHARE_OF_PEAK = 0.3  # that is reached: an assumption
+RESERVE_GB = 1.5  # of a card for its libraries and the allocator: an assumption
 
+DEFAULT_RUN = "The default run on SD 1.5, 512x512, by card: counted, not measured"
+BOTH_UNETS = "pipe", "stock"
 HERE, AUTOGRAD, PIECES = "here, previous", "whole chain by autograd", "whole chain in pieces"
 IN_FIGURE = {HERE: "ko-", f"{HERE}, checkpointed": "k^--", PIECES: "kx:", AUTOGRAD: "rs-."}
 
@@ -99,23 +109,11 @@ class Setup:
         if self.device == "meta":
             self.accelerator.clip_grad_norm_ = lambda *_: torch.ones(())  # its norm has no value
 
-    def load_stock(self) -> StableDiffusionPipeline:
-        pipe = self.load().to(self.accelerator.device)
-        pipe.scheduler = self.pipe.scheduler
-        pipe.unet.requires_grad_(False)
-        pipe.set_progress_bar_config(disable=True)
-        return pipe
-
     @cached_property
     def stock(self) -> StableDiffusionPipeline:
         """Its UNet is the second one of the released structure."""
-        return self.load_stock()
-
-    @cached_property
-    def stock_with_lora(self) -> StableDiffusionPipeline:
-        pipe = self.load_stock()
-        pipe.unet.add_adapter(self.pipe.unet.peft_config["default"])
-        cast_training_params(pipe.unet, torch.float32)
+        pipe = self.load().to(self.accelerator.device)
+        pipe.unet.requires_grad_(False)
         return pipe
 
     def update(self) -> None:
@@ -151,21 +149,6 @@ class Bench:
 
     def sample(self) -> d3po.Trajectory:
         return d3po.rollout(self.model.sampler, self.schedule, self.x_T, self.cond)
-
-    def sample_with(self, pipeline: str) -> None:
-        """As `sample`, by a pipeline of diffusers: stock or stock_with_lora."""
-        pipe = getattr(self.setup, pipeline)
-        text = self.model.conditioning.batch(self.cond)["encoder_hidden_states"]
-        empty, prompted = text.chunk(2)
-        pipe(
-            prompt_embeds=prompted,
-            negative_prompt_embeds=empty,
-            latents=self.x_T.to(pipe.unet.dtype),
-            eta=1.0,
-            num_inference_steps=len(self.steps),
-            guidance_scale=self.setup.args.guidance_scale,
-            output_type="latent",
-        )
 
     def ours(self, *, reference: str = "previous", loss: str = "eq14") -> None:
         """The updates of sd_demo.py: at every step, or for the whole chain after the last one."""
@@ -243,7 +226,7 @@ def training(bench: Bench) -> list[Side]:
     for size, how in {len(bench.pairs): "batches like ours", 1: "pair after pair"}.items():
         run = partial(bench.released, bench.pairs, size)
         name = f"released structure, {how}"
-        sides.append(Side(name, bench, run, pipelines=("pipe", "stock")))
+        sides.append(Side(name, bench, run, pipelines=BOTH_UNETS))
     return sides
 
 
@@ -255,47 +238,15 @@ def groups_of_seven(setup: Setup) -> list[Side]:
     ]
     for pairs, which in ((bench.pairs, "the 12 pairs"), (bench.combinations, "all 21 pairs")):
         run, name = partial(bench.released, pairs), f"K = 7, 3 tagged: released, {which}"
-        sides.append(Side(name, bench, run, pipelines=("pipe", "stock")))
+        sides.append(Side(name, bench, run, pipelines=BOTH_UNETS))
     return sides
 
 
-def sampling(bench: Bench) -> list[Side]:
-    sides = [Side("sampling, here", bench, bench.sample)]
-    for pipeline, lora in (("stock_with_lora", "with the LoRA"), ("stock", "no LoRA")):
-        run, name = partial(bench.sample_with, pipeline), f"sampling, stock pipeline, {lora}"
-        sides.append(Side(name, bench, run, pipelines=(pipeline,)))
-    return sides
+def sampling(bench: Bench) -> Side:
+    return Side("sampling, here", bench, bench.sample)
 
 
 # Counting and timing
-
-
-class Rows(ExitStack):
-    """Counts rows of the batches of networks; a guided trajectory has two."""
-
-    def __init__(self, networks: list[nn.Module]):
-        super().__init__()
-        self.count = Counter()
-        for network in networks:
-            self.callback(network.register_forward_hook(self.after_forward).remove)
-            is_unet = hasattr(network, "mid_block")
-            block = network.mid_block.resnets[-1] if is_unet else network.transformer_blocks[-1]
-            hook = block.register_forward_pre_hook(self.before_block, with_kwargs=True)
-            self.callback(hook.remove)
-
-    def after_forward(self, network, inputs, output):
-        rows, with_gradient = len(inputs[0]), torch.is_grad_enabled()
-        self.count["with" if with_gradient else "without"] += rows
-        if with_gradient:
-            output[0].register_hook(lambda _: self.count.update(backward=rows))
-
-    def before_block(self, block, inputs, named):
-        self.count["block"] += len(inputs[0] if inputs else named["hidden_states"])
-
-    def as_list(self) -> list[int]:
-        """Rows without gradient, with gradient, run again by checkpointing, backward."""
-        n = self.count
-        return [n["without"], n["with"], n["block"] - n["without"] - n["with"], n["backward"]]
 
 
 class Meter(TorchDispatchMode):
@@ -340,7 +291,7 @@ def gb(tensors: list[Tensor]) -> float:
 
 
 def count(side: Side) -> dict:
-    """Of one pass: rows and GFLOP for each pair and step; GB beyond the base, and in all."""
+    """Of one pass: GFLOP for each pair and step; GB beyond the base, and in all."""
     bench, setup = side.bench, side.bench.setup
     networks = [network_of(getattr(setup, name)) for name in side.pipelines]
     weights = [p for network in networks for p in network.parameters()]
@@ -348,9 +299,9 @@ def count(side: Side) -> dict:
     vae, trajectory = setup.pipe.vae.parameters(), bench.trajectory
     base_gb = gb([*weights, *vae, *states, *trajectory, bench.cond])
 
-    meter, rows = Meter(setup.device), Rows(networks)
+    meter = Meter(setup.device)
     side.prepare()
-    with rows, meter:
+    with meter:
         side.run()
     grown_gb = meter.most / 1e9
     if setup.device == "cuda":  # what its allocator says, without the counters
@@ -360,7 +311,6 @@ def count(side: Side) -> dict:
         side.run()
         grown_gb = (torch.cuda.max_memory_allocated() - before) / 1e9
     return {
-        "rows": [n / bench.units for n in rows.as_list()],
         "gflop": meter.flop / 1e9 / bench.units,
         "grown_gb": grown_gb,
         "peak_gb": base_gb + grown_gb,
@@ -405,7 +355,7 @@ def race(sides: list[Side], rounds: int) -> list[dict]:
 
 def measure(sides: list[Side], rounds: int) -> list[dict]:
     """A row for each side of a race: timed and counted."""
-    if sides[0].name.startswith("sampling"):  # sides that are nearly equal
+    if sides[0].name.startswith("sampling"):  # which takes less time
         rounds *= 3
     rows = []
     for side, times in zip(sides, race(sides, rounds), strict=True):
@@ -438,7 +388,7 @@ def emoji(rounds: int) -> dict:
         "16 pairs in a batch": Bench(setup, 16, 10),
         "bf16": Bench(bf16, 4, 10),
     }
-    trained, sampled = training(bench), sampling(bench)
+    trained, sampled = training(bench), [sampling(bench)]
     for name, other in other_batches.items():
         trained.append(Side(f"{HERE}, {name}", other, other.ours))
         sampled.append(Side(f"sampling, here, {name}", other, other.sample))
@@ -448,7 +398,7 @@ def emoji(rounds: int) -> dict:
 
 def sd15_timed(rounds: int) -> dict:
     setup = Setup(partial(build, SD15, torch.float16, "cuda"))
-    races = training(Bench(setup, 1, 4)), groups_of_seven(setup), sampling(Bench(setup, 4, 20))
+    races = training(Bench(setup, 1, 4)), groups_of_seven(setup), [sampling(Bench(setup, 4, 20))]
     return {"rows": [row for sides in races for row in measure(sides, rounds)]}
 
 
@@ -461,12 +411,93 @@ def counted(architecture: Architecture) -> dict:
         if architecture is SD15:
             sides = [*training(bench), *groups_of_seven(setup)[:2]]
             more = {"memory": memory_by_length(setup)}
-        sides += sampling(bench)[:1]
+        sides.append(sampling(bench))
         of_lora = sum(weight.numel() for weight in setup.lora)
         of_network = sum(weight.numel() for weight in setup.model.network.parameters())
         weights = {"network": of_network - of_lora, "lora": of_lora}
         rows = [{"name": side.name, **count(side)} for side in sides]
         return {"weights": weights, "rows": rows, **more}
+
+
+# The default run, counted
+
+
+def default_run(**settings) -> dict:
+    """Of SD 1.5: operations of an epoch and peak memory, with checkpointing and without.
+
+    Beside it the paper's run, as in the released structure. settings: other than the default ones.
+    """
+    with without_data(SD15) as load:
+        setup = Setup(load, **settings)
+        args, paper = setup.args, options.RECIPES["paper"]
+        bench = Bench(setup, args.batch_size, 2, K=args.images_per_prompt)
+        chain = partial(bench.ours, loss="chain")
+        chains = bench.model.reference, bench.schedule, bench.trajectory, bench.cond
+        reference = count(Side("", bench, partial(d3po.trajectory_log_prob, *chains)))
+        sampled, kept, checkpointed = (
+            count(Side("", bench, run, checkpointing=on))
+            for run, on in ((bench.sample, False), (chain, False), (chain, True))
+        )
+        decoding = count(Side("", bench, partial(decode_one, setup)))
+        pair = Bench(setup, 1, 2)
+        released = count(Side("", pair, partial(pair.released, pair.pairs), False, BOTH_UNETS))
+        sampled_pair = count(sampling(pair))
+
+    pairs_to_images = len(bench.pairs) / len(bench.x_T)  # what is counted is of a pair and step
+    new = args.prompts_per_epoch * args.images_per_prompt
+    earlier = args.replay * args.batch_size * args.images_per_prompt
+    held_out = args.eval_images / args.eval_every
+    forward = (new + held_out) * sampled["gflop"] + (new + earlier + held_out) * reference["gflop"]
+    trained = (new + earlier) * args.trained_steps
+    decoded = (new + held_out) * decoding["gflop"] * bench.units
+
+    def run(side: dict) -> dict:
+        passes = forward * args.num_steps + trained * side["gflop"]
+        peak_gb = max(side["peak_gb"], sampled["peak_gb"], decoding["peak_gb"])
+        pflop = (pairs_to_images * passes + decoded) / 1e6
+        return {"pflop": pflop, "peak_gb": peak_gb, "epochs": args.epochs}
+
+    units = paper["prompts_per_epoch"] * paper["num_steps"]
+    pflop = units * (sampled_pair["gflop"] + released["gflop"]) / 1e6
+    authors = {"pflop": pflop, "peak_gb": released["peak_gb"], "epochs": paper["epochs"]}
+    return {"checkpointed": run(checkpointed), "kept": run(kept), "authors": authors}
+
+
+def decode_one(setup: Setup) -> None:
+    """One image, as `enable_slicing` has it."""
+    vae = setup.pipe.vae
+    with torch.no_grad():
+        vae.decode(torch.empty(1, *setup.model.latent_shape, dtype=vae.dtype, device="meta"))
+
+
+def cards(runs: dict) -> list[dict]:
+    """What to type on each card, and how long it takes if it reaches SHARE_OF_PEAK."""
+    rows = []
+    for card, numbers in CARDS.items():
+        fits = runs["kept"]["peak_gb"] + RESERVE_GB < numbers[0]
+        run, flags = runs["checkpointed"], ""
+        if fits:
+            run, flags = runs["kept"], " --no-gradient-checkpointing"
+        command = f"`python sd_demo.py --objective compressibility{flags}`"
+        rows.append(card_row(card, command, run, numbers))
+    card, numbers = AUTHORS_CARDS
+    return [*rows, card_row(card, "Table 2 in the released structure", runs["authors"], numbers)]
+
+
+def card_row(card: str, command: str, run: dict, numbers: tuple[int, int, int]) -> dict:
+    _, peak, count = numbers
+    minutes = run["pflop"] * 1e3 / (count * peak * SHARE_OF_PEAK) / 60
+    return {
+        "card": card,
+        "TFLOP/s by its maker": peak,
+        "what to type": command,
+        "GB": f"{run['peak_gb']:.1f}",
+        "PFLOP an epoch": f"{run['pflop']:.1f}",
+        "minutes an epoch": f"{minutes:.1f}",
+        "epochs": run["epochs"],
+        "hours": f"{minutes * run['epochs'] / 60:.1f}",
+        "measured": "not yet",
+    }
 
 
 # The report
@@ -480,7 +511,6 @@ def cells(row: dict) -> dict:
         "": row["name"],
         "ms": spread(row.get("seconds"), 1e3),
         "here / this": spread(row.get("ratio")),
-        "rows": " / ".join(f"{n:.3g}" for n in row["rows"]),
         "GFLOP": f"{row['gflop']:.4g}",
         "grown, GB": f"{row['grown_gb']:.3g}",
         "peak, GB": f"{row['peak_gb']:.3g}",
@@ -490,6 +520,9 @@ def cells(row: dict) -> dict:
 def tables(results: dict) -> str:
     text = "\n"
     for title, part in results.items():
+        if "runs" in part:
+            text += f"## {title}\n\n{table(cards(part['runs']))}\n{part['versions']}.\n\n"
+            continue
         text += f"## {title}\n\n{table(list(map(cells, part['rows'])))}\n"
         if "weights" in part:
             millions = {name: number / 1e6 for name, number in part["weights"].items()}
@@ -557,6 +590,8 @@ def main(argv: list[str] | None = None) -> None:
         pixels = f"{architecture.pixels}x{architecture.pixels}"
         title = f"{name}, {pixels}, 1 pair in a batch, T = 2: counted"
         parts[title] = partial(counted, architecture)
+    if not cuda:
+        parts[DEFAULT_RUN] = lambda: {"runs": default_run()}
     results = files.read_json(args.out) if args.out.exists() else {}
     versions = f"torch {torch.__version__}, diffusers {diffusers.__version__}"
     common = {"versions": versions, "rounds": args.rounds, "load": os.getloadavg()[0]}

@@ -301,7 +301,8 @@ class Model(NamedTuple):
 
     def save_lora(self, folder: Path) -> None:
         """Write the LoRA as pipe.load_lora_weights reads it."""
-        layers = {f"{NETWORKS[type(self.pipe)]}_lora_layers": self.lora_state()}
+        lora = {name: weight.cpu() for name, weight in self.lora_state().items()}
+        layers = {f"{NETWORKS[type(self.pipe)]}_lora_layers": lora}
 
         def write(part: Path) -> None:
             self.pipe.save_lora_weights(folder, weight_name=part.name, **layers)

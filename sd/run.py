@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -246,6 +247,7 @@ class Run:
     replay: ReplayBuffer
     folder: Path
     bar: tqdm
+    writer: Executor = field(default_factory=lambda: ThreadPoolExecutor(1))  # of images
     parts_of_pass: int = 1  # epochs of a pass over the images of --labels
     label_epochs: int = 0  # the first ones, which train on these
     epochs_done: int = 0
@@ -257,6 +259,7 @@ class Run:
     rows: list[dict] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
     log_ratios: list[metrics.LogRatios] = field(default_factory=list)
+    images_in_writing: list[Future] = field(default_factory=list)
     overflows: list[bool] = field(default_factory=list)
     last_overflows: list[bool] = field(default_factory=list)  # of earlier epochs too
     losses_left: int = 0  # of the batch in hand
@@ -320,7 +323,10 @@ class Run:
         return batches
 
     def label(self, batches: list[Batch], epoch: int) -> list[LabelledBatch] | None:
-        """Batches with their labels, which are in labels.jsonl when this returns; images too."""
+        """Batches with their labels, which are in labels.jsonl when this returns.
+
+        Images that no one looks at are saved beside the training, until `finish`.
+        """
         labels = self.labeller.label(batches, epoch)
         if labels is None:
             return None
@@ -332,9 +338,11 @@ class Run:
         ]
         self.rows = gather_object(rows)
         if self.page is None:
-            for batch in batches:
-                for image, file in zip(batch.images, batch.files, strict=True):
-                    files.save_image(self.folder / file, image)
+            self.images_in_writing = [
+                self.writer.submit(files.save_image, self.folder / file, image)
+                for batch in batches
+                for file, image in zip(batch.files, batch.images, strict=True)
+            ]
             if self.is_main:
                 files.append(self.folder / "labels.jsonl", self.rows)
         self.started = time.perf_counter()
@@ -405,7 +413,12 @@ class Run:
         self.optimizer.zero_grad()
 
     def finish(self, *, sampled: bool) -> Epoch:
-        """Raises UserError where weights, or the gradients of the last updates, overflowed."""
+        """Raises UserError where weights, or the gradients of the last updates, overflowed.
+
+        And where an image could not be written.
+        """
+        for image in self.images_in_writing:
+            image.result()
         seconds_train = time.perf_counter() - self.started
         self.last_overflows = (self.last_overflows + self.overflows)[-MAX_SKIPPED:]
         finite = all(weight.isfinite().all() for weight in self.model.lora)
@@ -684,10 +697,11 @@ def open_run(setup: Setup) -> Iterator[Run]:
                 lock.acquire(folder)
             (folder,) = broadcast_object_list([folder])
             run = make_run(setup, folder)
-            run.load_checkpoint()
-            if not args.evaluate:
-                start(run, setup)
-            yield run
+            with run.writer:
+                run.load_checkpoint()
+                if not args.evaluate:
+                    start(run, setup)
+                yield run
         except (UserError, KeyboardInterrupt) as error:
             if folder is None:
                 raise

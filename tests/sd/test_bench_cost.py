@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from sd_helpers import make_pipeline
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
+import sd_demo
 from sd import bench_cost, options
 from sd.bench_models import ARCHITECTURES, build, small, without_data
 from sd.pipeline import load_pipeline
@@ -70,28 +71,6 @@ def test_all_structures_are_the_same_mathematics(setup):
     assert (other / 12 - ours).norm() < 1e-3 * ours.norm()
 
 
-def test_rows_are_what_the_structures_need(setup):
-    def rows(sides):
-        return {side.name: bench_cost.count(side)["rows"] for side in sides}
-
-    # a pair has two trajectories, and a trajectory two rows
-    found = rows(bench_cost.training(bench_cost.Bench(setup, 2, 1)))
-    assert found.pop("here, previous") == found.pop("whole chain by autograd") == [0, 4, 0, 4]
-    assert found.pop("here, previous, checkpointed") == [0, 4, 4, 4]
-    checkpointed = [found.pop(name) for name in list(found) if "checkpointed" in name]
-    assert checkpointed == [[4, 4, 4, 4]] * 2
-    names = ["here, initial", "whole chain in pieces"]
-    names += [f"released structure, {how}" for how in ("batches like ours", "pair after pair")]
-    assert found == dict.fromkeys(names, [4, 4, 0, 4])
-
-    # 7 trajectories; four for each of 12 pairs
-    found = list(rows(bench_cost.groups_of_seven(setup)[:3]).values())
-    assert found == [[0, 14 / 12, 0, 14 / 12], [0, *[14 / 12] * 3], [4, 4, 0, 4]]
-
-    found = rows(bench_cost.sampling(bench_cost.Bench(setup, 2, 2)))
-    assert list(found.values()) == [[4, 0, 0, 0]] * 3
-
-
 def test_operations_are_those_of_torchs_counter_and_attention_counts(setup):
     bench = bench_cost.Bench(setup, 1, 2)
     lacking = bench_cost.FORMULAS.keys() - flop_registry.keys()
@@ -139,7 +118,7 @@ def test_memory_is_flat_here_and_grows_in_autograd_over_the_chain(setup, monkeyp
 def test_what_is_counted_without_data_is_what_a_pass_with_data_takes(name):
     def counts(load, **settings):
         bench = bench_cost.Bench(bench_cost.Setup(load, **settings), 1, 2)
-        sides = bench_cost.training(bench)[:2] + bench_cost.sampling(bench)[:1]
+        sides = [*bench_cost.training(bench)[:2], bench_cost.sampling(bench)]
         return [bench_cost.count(side) for side in sides]
 
     architecture = small(ARCHITECTURES[name])
@@ -147,9 +126,33 @@ def test_what_is_counted_without_data_is_what_a_pass_with_data_takes(name):
     with without_data(architecture) as load:
         counted = counts(load)
     for one, other in zip(real, counted, strict=True):
-        assert one["rows"] == other["rows"] and one["gflop"] == pytest.approx(other["gflop"])
+        assert one["gflop"] == pytest.approx(other["gflop"])
         # Text and latents are real: some kB, which count beside so small a model
         assert one["grown_gb"] == pytest.approx(other["grown_gb"], rel=0.05)
+
+
+@pytest.mark.slow
+def test_the_operations_of_an_epoch_are_those_of_a_run(tmp_path, monkeypatch, no_figures):
+    narrow = small(bench_cost.SD15)
+    monkeypatch.setattr(bench_cost, "SD15", narrow)
+    settings = {"prompts_per_epoch": 2, "images_per_prompt": 3, "num_steps": 4, "replay": 1}
+    settings |= {"eval_images": 2, "eval_every": 1, "skip_last": 1, "guidance_scale": 5}
+    flop = []
+    for epochs in (1, 2):
+        pipe = build(narrow, torch.float32, "cpu")
+        out, new = tmp_path / str(epochs), {"objective": "compressibility", "prompts": ["a cat"]}
+        with bench_cost.Meter("cpu") as meter:
+            sd_demo.run(model=pipe, out=out, epochs=epochs, max_kl=1e6, **new, **settings)
+        flop.append(meter.flop)
+    monkeypatch.setitem(bench_cost.FIXED, "guidance_scale", settings.pop("guidance_scale"))
+    counted = bench_cost.default_run(**settings)["checkpointed"]["pflop"]
+    assert counted * 1e15 == pytest.approx(flop[1] - flop[0], rel=1e-3)
+
+
+def test_hours_are_operations_over_a_share_of_the_cards_rate(monkeypatch):
+    monkeypatch.setattr(bench_cost, "SHARE_OF_PEAK", 0.5)
+    row = bench_cost.card_row("", "", {"pflop": 3, "peak_gb": 1, "epochs": 12}, (8, 50, 2))
+    assert (row["minutes an epoch"], row["hours"]) == ("1.0", "0.2")  # 3e15 / (2 x 25e12) seconds
 
 
 def test_ratios_are_those_of_neighbours_for_each_pair_and_step(setup, monkeypatch):
@@ -179,19 +182,20 @@ def test_one_command_writes_numbers_tables_and_a_figure(tmp_path, monkeypatch):
     monkeypatch.setattr(bench_cost, "Bench", short)
     monkeypatch.setattr(bench_cost, "combinations", lambda *_: [(0, 1), (0, 2)])  # of 21
     out, mark = tmp_path / "cost.json", bench_cost.MARK
-    row = {"name": "", "rows": [], "gflop": 0, "grown_gb": 0, "peak_gb": 0}
+    row = {"name": "", "gflop": 0, "grown_gb": 0, "peak_gb": 0}
     gpu = {"rows": [row], "versions": "", "rounds": 1, "load": 0}
     out.write_text(json.dumps({"some GPU": gpu}))
     out.with_suffix(".md").write_text(f"# By hand\n{mark}old\n{mark}also by hand\n")
     bench_cost.main(["--rounds", "1", "--out", str(out)])
     results = json.loads(out.read_text())
     assert results["some GPU"] == gpu
-    _, emoji, *counted = results.values()
+    _, emoji, *counted, default = results.values()
     assert all(row["seconds"][0] > 0 for row in emoji["rows"])
     assert len({row["name"] for row in emoji["rows"]}) == len(emoji["rows"])
     assert [len(part["rows"]) for part in counted] == [11, 3, 3]
     for part in counted:
         assert all("seconds" not in row and row["peak_gb"] > 0 for row in part["rows"])
+    assert default["runs"].keys() == {"checkpointed", "kept", "authors"}
     before, tables, after = out.with_suffix(".md").read_text().split(mark)
     assert (before, after) == ("# By hand\n", "also by hand\n")
     assert tables == bench_cost.tables(results) and tables.count("| here, previous |") == 4

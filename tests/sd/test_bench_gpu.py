@@ -1,14 +1,16 @@
 """sd/bench_gpu.py on the CPU: what its checks find, what its lines mean, and that it ends."""
 
+import subprocess
+import sys
 import time
-from functools import partial
 
 import pytest
 import torch
 
-from sd import bench_gpu, options
+from sd import UserError, bench_gpu, options
 from sd.bench_cost import Bench, Side
 from sd.bench_models import SD3, SD15, SDXL, small
+from sd.files import ROOT
 
 KINDS = {"SD 1.5": SD15, "SDXL": SDXL, "SD 3": SD3}
 
@@ -90,30 +92,6 @@ def test_the_stock_pipeline_agrees_and_rounding_is_none_in_float32():
     assert len(floors) == 3 and all(floor > 1e-6 for floor in floors)
 
 
-def test_a_part_that_fails_says_why_and_one_without_end_is_stopped():
-    def fails():
-        yield "first", "1"
-        raise RuntimeError("CUDA error:\n no kernel image")
-
-    def endless():
-        yield "begun", "2"
-        while True:
-            time.sleep(0.01)
-
-    lines = []
-    parts = {"a": fails, "b": partial(iter, [("well", "3")]), "c": endless, "d": endless}
-    bench_gpu.measure(parts, 0.5 / 60, lambda line: lines.append(tuple(line.values())))
-    assert lines == [
-        ("a", "first", "1"),
-        ("a", "", "failed: RuntimeError: CUDA error: no kernel image"),
-        ("b", "well", "3"),
-        ("c", "begun", "2"),
-        ("c", "", "no time was left"),
-        ("d", "begun", "2"),
-        ("d", "", "no time was left"),
-    ]
-
-
 def test_without_a_gpu_it_says_so_in_a_sentence(capsys):
     with pytest.raises(SystemExit) as stop:
         bench_gpu.main([])
@@ -121,28 +99,64 @@ def test_without_a_gpu_it_says_so_in_a_sentence(capsys):
     assert "there is no CUDA GPU here; --device cpu is a trial" in capsys.readouterr().err
 
 
-def test_each_line_of_a_gpu_goes_between_the_marks_and_a_failed_check_is_an_error(
+def test_with_parts_failing_the_page_is_whole_and_has_each_line_at_once(
     tmp_path, monkeypatch, capsys
 ):
     page, seen = tmp_path / "gpu.md", []
 
-    def lines():
-        yield "checks", "passed"
-        seen.append(page.read_text())
-        yield "checks", "not images finite"
+    def checks():
+        for measured in ("passed", "not images finite"):
+            yield "checks", measured
+            seen.append(page.read_text())
 
-    monkeypatch.setattr(bench_gpu, "make_parts", lambda device: {"SDXL": lines})
+    def fails_later():
+        yield "seconds", "3"
+        raise RuntimeError("CUDA error:\n no kernel image")
+
+    def fails():
+        raise UserError("The pipeline cannot be loaded")
+
+    def endless():
+        yield "begun", "2"
+        while True:
+            try:
+                time.sleep(0.01)
+            except Exception:
+                pass
+
+    parts = {"emoji": fails_later, "SD 1.5": checks, "SDXL": fails, "SD 3": endless, "fp32": checks}
+    monkeypatch.setattr(bench_gpu, "make_parts", lambda device: parts)
     monkeypatch.setattr(bench_gpu, "machine_name", lambda: "some card")
     monkeypatch.setattr(options, "device_available", lambda device: True)
     page.write_text(f"before\n{bench_gpu.MARK}not measured yet\n{bench_gpu.MARK}after\n")
-    with pytest.raises(SystemExit, match="1 lines of the table have failed"):
-        bench_gpu.main(["--out", str(page)])
+    start = time.monotonic()
+    with pytest.raises(SystemExit, match="3 lines of the table have failed"):
+        bench_gpu.main(["--out", str(page), "--minutes", "0.1"])
+    assert time.monotonic() - start < 12  # of 6 seconds
     before, table, after = page.read_text().split(bench_gpu.MARK)
     assert (before, after) == ("before\n", "after\n")
-    assert table.splitlines()[1] == f"some card, torch {torch.__version__}"
-    assert "| SDXL | checks | not images finite |" in table
-    assert "| SDXL | checks | passed |" in seen[0]
+    machine, _, _, _, *lines = table.strip().splitlines()
+    assert machine == f"some card, torch {torch.__version__}"
+    assert lines == [
+        "| emoji | seconds | 3 |",
+        "| emoji |  | failed: RuntimeError: CUDA error: no kernel image |",
+        "| SD 1.5 | checks | passed |",
+        "| SD 1.5 | checks | not images finite |",
+        "| SDXL |  | failed: UserError: The pipeline cannot be loaded |",
+        "| SD 3 | begun | 2 |",
+        "| SD 3 |  | no time was left |",
+        "| fp32 |  | no time was left |",
+    ]
+    assert "| SD 1.5 | checks | passed |" in seen[0] and "not images finite" not in seen[0]
     assert table.strip() in capsys.readouterr().out
+
+
+def test_a_bare_machine_hears_which_packages_it_lacks():
+    command = [sys.executable, "-S", "-m", "sd.bench_gpu"]  # -S: Python alone
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "This machine lacks torch, numpy, matplotlib, diffusers, tr" in done.stderr
+    assert done.stderr.endswith(": pip install -r requirements.txt\n")
 
 
 def test_the_committed_page_says_whether_a_gpu_was_there():
