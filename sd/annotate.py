@@ -5,7 +5,7 @@ All addresses begin with http://127.0.0.1:PORT/TOKEN:
     GET  /                 the page, annotate.html
     GET  /state?name=Ann   what Ann is asked, what she answered, and what the run is doing
     GET  /images/KEY/K     image K of a question that is asked now
-    GET  /held_out/E/N     image N of the same prompts and noises, after epoch E (0: before)
+    GET  /held_out/E/N     image N of the same prompts and noise, after epoch E (0: before)
     POST /answer           {"id": ID, "name": "Ann" or null, "answer": as in sd/labels.py}
     POST /undo             {"id": ID, "name": as above}: take the last answer back before training
     POST /hold             {"id": ID}: stop the countdown to training after the last answer
@@ -576,4 +576,4 @@ def listen(port: int | None) -> socket.socket:
         except (OSError, OverflowError):
             continue
     wanted = f"{PORTS[0]} or after" if port is None else port
-    raise UserError(f"no page opens at port {wanted}: give another --port")
+    raise UserError(f"port {wanted} is not free for the page: give another --port")

@@ -68,7 +68,7 @@ class Job(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Of its folder; other settings, another folder."""
+        """Name of its folder; other settings have another."""
         digest = hashlib.sha256(files.to_json(self.settings, sort_keys=True).encode()).hexdigest()
         return f"{slug(*self.key.values())}-{digest[:8]}"
 

@@ -417,7 +417,9 @@ def write(folder: Path, jobs: list[Job]) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     parser = bench.make_parser("sd.bench_paper", __doc__.splitlines()[0])
-    parser.add_argument("--panels", nargs="+", choices=PANELS, default=[*PANELS], help="of these")
+    parser.add_argument(
+        "--panels", nargs="+", choices=PANELS, default=[*PANELS], help="these alone"
+    )
     seeds = "0, 1, ... of each"
     parser.add_argument("--seeds", type=int, default=SEEDS, help=seeds)
     parser.add_argument("--quick", action="store_true", help="a look: one seed, few images")

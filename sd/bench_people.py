@@ -312,8 +312,12 @@ def write(folder: Path, work: Path) -> None:
 def main(argv: list[str] | None = None) -> None:
     parser = bench.make_parser("sd.bench_people", __doc__.splitlines()[0])
     recipes = [*RECIPES, *LABEL_FILES]
-    parser.add_argument("--tastes", nargs="+", choices=TASTES, default=[*TASTES], help="who")
-    parser.add_argument("--recipes", nargs="+", choices=recipes, default=recipes, help="how")
+    parser.add_argument(
+        "--tastes", nargs="+", choices=TASTES, default=[*TASTES], help="these alone"
+    )
+    parser.add_argument(
+        "--recipes", nargs="+", choices=recipes, default=recipes, help="these alone"
+    )
     seeds = "0, 1, ... of each"
     parser.add_argument("--seeds", type=int, default=SEEDS, help=seeds)
     bench.add_runner_flags(parser, "bench_people")

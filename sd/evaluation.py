@@ -16,7 +16,7 @@ from sd.seeds import RandomPurpose
 
 
 class Evaluator:
-    """What scorers think of images of fixed prompts and noises, whatever was trained.
+    """What scorers think of images of fixed prompts and starting noise, whatever was trained.
 
     scorers: of --objective, none where people judge; watch: a scorer that is only reported.
     """
@@ -27,11 +27,11 @@ class Evaluator:
     def evaluate(
         self, denoiser: PipelinePolicy, *, purpose: RandomPurpose = RandomPurpose.HELD_OUT
     ) -> EvalResult:
-        """Of --eval-images images; with --max-kl with a KL."""
+        """Scores of --eval-images images; with --max-kl their KL too."""
         return self.judge(*sample_held_out(self.model, denoiser, self.args, purpose=purpose))
 
     def evaluate_stock(self, denoiser: PipelinePolicy) -> EvalResult:
-        """Of images at the pipeline's own settings, where most people will use the LoRA."""
+        """Scores of images at the pipeline's own settings, where most people will use the LoRA."""
         return self.judge(*sample_stock(self.model, denoiser, self.args))
 
     def judge(
@@ -110,7 +110,7 @@ def blind_test(
     h = [row["h"] for row, of_one in zip(rows, votes, strict=True) if of_one]
     if not h:
         page.close("Nothing was answered, so there is no result.")
-        raise UserError("No question of the blind test was answered")
+        raise UserError("No question of the blind test was answered, so there is no result")
     majorities = [2 * of_one.count(1) > len(of_one) for of_one in votes if of_one]
     result = {
         "objective": args.objective,

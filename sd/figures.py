@@ -34,7 +34,7 @@ def held_out_numbers(run: Path, epoch: int) -> list[int]:
 
 
 def held_out_images(run: Path, epoch: int) -> list[Image.Image]:
-    """Those of an evaluation that can be read."""
+    """The images of an evaluation that can be read."""
     paths = [held_out_file(run, epoch, n) for n in held_out_numbers(run, epoch)]
     return [image for path in paths if (image := open_image(path))]
 
@@ -161,7 +161,7 @@ def column(rows: list[dict], key: str) -> np.ndarray:
 
 
 def draw_pairs(before: list[Image.Image], after: list[Image.Image], path: Path) -> Path:
-    """Images of the initial above those of the tuned model, from the same prompts and noises."""
+    """Images of the initial above those of the tuned model, from the same prompts and noise."""
     rows = [side[first : first + 8] for first in (0, 8) for side in (before, after) if side[first:]]
     return draw_rows(rows, ["before", "after"] * (len(rows) // 2), path)
 

@@ -26,7 +26,7 @@ def writing(path: Path):
         reason = getattr(error, "strerror", None)
         reason = reason or f"is the disk full? {str(error).partition(chr(10))[0]}"
         file = getattr(error, "filename", None) or path
-        message = f"{file} cannot be written ({reason}): make room for it, or allow it"
+        message = f"{file} cannot be written ({reason}): free disk space, or change its permissions"
         raise UserError(message) from error
 
 
@@ -93,7 +93,7 @@ def read_file(path: Path, read: Callable[[Path], object]):
         return read(path)
     except Exception as error:  # of many kinds, as a damaged file may hold anything
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{path} cannot be used ({reason}): put a copy of it back") from error
+        raise UserError(f"{path} cannot be used ({reason}): restore a copy of it") from error
 
 
 def load_tensors(path: Path, device="cpu"):
@@ -145,11 +145,13 @@ class Lock:
             lock.acquire(timeout=0)
         except Timeout:
             raise UserError(
-                f"{folder} is at work in another process: wait for it, or stop it; if there is "
-                f"none, on another machine either, delete {folder / '.lock'}"
+                f"{folder} is in use by another process: wait for it, or stop it; if there is "
+                f"none, on no other machine either, delete {folder / '.lock'}"
             ) from None
         except OSError as error:
-            raise UserError(f"{folder} cannot be written ({error.strerror})") from error
+            raise UserError(
+                f"{folder} cannot be written ({error.strerror}): change its permissions"
+            ) from error
         self.lock = lock
 
     def __enter__(self):

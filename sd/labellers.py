@@ -142,7 +142,7 @@ def save_for_people(image: Image.Image, file: Path) -> None:
     before = figures.open_image(file)
     if before is None and file.exists() and is_judged(file):
         raise UserError(
-            f"{file} cannot be read, and people have judged it: put a copy of it back, or "
+            f"{file} cannot be read, and people have judged it: restore a copy of it, or "
             "delete its lines in labels.jsonl"
         )
     if before is None:

@@ -23,7 +23,7 @@ WATCHED_FALL = 0.1  # of the watched score's size
 
 
 class EvalResult(NamedTuple):
-    """N images of fixed prompts and noises, and what the scorers think of them."""
+    """N images of fixed prompts and starting noise, and what the scorers think of them."""
 
     images: list[Image.Image]
     prompts: list[str]
@@ -42,7 +42,7 @@ class EvalResult(NamedTuple):
 
 
 class LogRatios(NamedTuple):
-    """Of a batch: log(pi_theta / pi_initial) of whole chains, nats."""
+    """Log-ratios of a batch, log(pi_theta / pi_initial) of chains, nats."""
 
     winners: list[float]  # of each pair, in the steps trained
     losers: list[float]

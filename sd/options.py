@@ -106,42 +106,40 @@ class Common:
 
     objective: str | Callable | None = setting(
         None,
-        "compressibility, incompressibility, aesthetic, alignment, or FILE.py:FUNCTION of (PIL "
-        "images, prompts) -> numbers, None for no score; several with commas: better means worse "
-        "in none and better in one. Or ask people on a page: human (which of two is better?), "
-        "tags (which are bad?)",
+        "compressibility, incompressibility, aesthetic, alignment, or a function (PIL images, "
+        "prompts) -> numbers as FILE.py:NAME; several with commas: better in one, worse in none. "
+        "People on a page: human (which of two is better?), tags (which are bad?)",
     )
     labels: str | None = setting(
         None,
-        "learn from labels that exist: .jsonl, .json, .csv, .tsv, or a folder with w/ and l/: see "
-        "sd/label_files.py",
+        "learn from labels that exist: a file or a folder, see sd/label_files.py",
         "FILE",
     )
     prompts: str | list | None = setting(
         None,
-        "animals, hand, unsafe (App. C), or a file: .jsonl, .json, .csv, .tsv, else lines; by "
-        "default animals; with --labels alone, but for emoji, its own",
+        "animals, hand or unsafe (the paper's), or a file of prompts; by default animals, or those "
+        "of --labels",
     )
     model: Any = setting(
         None,
-        "hub id, folder or .safetensors file of SD, SDXL, SD3 or Flux; by default SD 1.5 with "
-        "CUDA, else the bundled emoji model",
+        "hub id, folder or file of SD, SDXL, SD3 or Flux; by default SD 1.5 with CUDA, else the "
+        "bundled emoji model",
     )
     epochs: int = setting(12, "rounds of sampling and training; with --labels alone, passes", "N")
     prompts_per_epoch: int = setting(4, "groups of images, each of one prompt and one x_T", "N")
     images_per_prompt: int = setting(
-        8, "images of a group: K(K-1)/2 pairs; people are asked about K of them (K = 2: one)", "K"
+        8, "images of a group: K(K-1)/2 pairs, of which people compare K", "K"
     )
     num_steps: int = setting(20, "denoising steps", "T")
     beta: float | None = setting(
         0.12,
-        "strength of the KL, per nat of a summed log-prob; reward-weighted: temperature",
+        "weight of the KL, per nat of a log-ratio; larger stays nearer the initial model",
         zero=True,
     )
     lr: float = setting(3e-4, "largest step size of AdamW")
     max_kl: float | None = setting(
         25.0,
-        "KL limit: stop before this KL of held-out images to the initial model, nats",
+        "KL limit: stop before the KL to the initial model is larger, nats",
         "NATS",
     )
     seed: int = setting(0, "seed of all random numbers", "N", zero=True)
@@ -188,12 +186,11 @@ class Sampling:
     init_lora: str | None = setting(
         None, "begin from the model with this LoRA in it: folder or file; by default none", "PATH"
     )
-    height: int | None = setting(None, "of images, pixels; by default the model's", "N")
-    width: int | None = setting(None, "of images, pixels; by default the model's", "N")
+    height: int | None = setting(None, "height of images, pixels; by default the model's", "N")
+    width: int | None = setting(None, "width of images, pixels; by default the model's", "N")
     eta: float = setting(
         1.0,
-        "DDIM's noise scale, 0 < eta <= 1; at 1 the images follow the law tilted by the score, "
-        "with less x_T decides a part of them",
+        "DDIM's noise scale, 0 < eta <= 1; the smaller, the more is decided by x_T",
         "ETA",
     )
     guidance_scale: float = setting(
@@ -212,7 +209,7 @@ class Method:
     )
     loss: str = setting(
         "chain",
-        "chain: Eq. 5 on whole chains; Eq. 14, Eq. 12, or a method that they are compared with",
+        "chain: Eq. 5 on whole chains; eq14, eq12: the paper's; or a method to compare with",
         choices=LOSSES,
     )
     update_every: str | None = setting(
@@ -242,7 +239,7 @@ class Method:
         choices=["cosine", "constant"],
     )
     warm_up: int = setting(3, "epochs in which the step size rises to --lr", "N")
-    weight_decay: float = setting(1e-4, "of AdamW, per unit of --lr", "X", zero=True)
+    weight_decay: float = setting(1e-4, "AdamW's weight decay", "X", zero=True)
     max_grad_norm: float = setting(1.0, "gradients are clipped to this norm", "X")
     lora_rank: int = setting(16, "rank of the LoRA on queries, keys and values", "N")
 
@@ -254,12 +251,12 @@ class Machine:
     batch_size: int = setting(1, "groups at a time on each device, and in an update", "N")
     device: str = setting(
         "auto",
-        "to compute on; auto: the best one that there is",
+        "where to compute; auto: the best device of this machine",
         choices=["auto", "cpu", "cuda", "mps"],
     )
     precision: str | None = setting(
         None,
-        "of all but the LoRA and log-probs; by default fp16 with CUDA, else fp32",
+        "number format of the model, but for the LoRA; by default fp16 with CUDA, else fp32",
         choices=PRECISIONS,
     )
     gradient_checkpointing: bool = setting(True, "less memory, a third more time")
@@ -395,7 +392,7 @@ def epilog() -> str:
         "--loss eq14 and all but chain": OTHERS,
         **{f"--recipe {recipe}": preset for recipe, preset in RECIPES.items()},
     }
-    texts = [METHOD, "", "defaults of their own, after which comes what you type:"]
+    texts = [METHOD, "", "other defaults, after which comes what you type:"]
     texts += [f"  {name}: {as_flags(preset)}" for name, preset in presets.items()]
     wrapped = [textwrap.wrap(text, 79, subsequent_indent="    ") or [""] for text in texts]
     return "\n".join(line for lines in wrapped for line in lines)
@@ -521,7 +518,7 @@ def saved_settings(folder: Path, typed: dict) -> dict:
     for name in sorted(fixed & typed.keys()):
         if describe(typed[name]) != saved[name]:
             remedy = f"{folder} was started with {flag_of(name)} {saved[name]}"
-            raise UserError(f"{remedy}: give the same, or a new run")
+            raise UserError(f"{remedy}: give the same, or start a new run")
     needed = FROM_PYTHON if typed.get("resume") else FROM_PYTHON - {"labeller"}
     missing = [
         f"{name}={saved[name][1:-1]}"
@@ -577,7 +574,7 @@ def problems(args: Settings) -> dict[str, bool]:
         ),
         "--prompts: give animals, hand, unsafe or a file": not args.prompts and not args.labels,
         "--height and --width: give both, or none": bool(args.height) != bool(args.width),
-        "--labels and --replay draw trajectories anew, which nobody sampled: they need "
+        "--labels and --replay train on trajectories that no model sampled: they need "
         "--reference initial": redrawn and not of_initial,
         f"--images-per-prompt {K}: a preference needs 2 or more": K < 2,
         f"--skip-last {args.skip_last}: some of the --num-steps {T} must be left": (

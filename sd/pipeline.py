@@ -174,7 +174,9 @@ def fuse_lora(pipe: DiffusionPipeline, path: str) -> None:
         pipe.unload_lora_weights()
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"--init-lora {path} does not fit this model ({reason})") from error
+        raise UserError(
+            f"--init-lora {path} does not fit this model ({reason}): give a LoRA of it"
+        ) from error
 
 
 def is_lora_matrix(name: str) -> bool:

@@ -14,7 +14,7 @@ from sd.scorers import measure_of, split_objective
 SETTINGS = "These are the settings that it was trained with; with others its effect may differ."
 FIGURES = {  # file of a run -> what it shows
     "progress.png": "Held-out images, on which nothing is trained, over the training: each column "
-    "keeps its prompt and starting noise. A number is the mean of all held-out images.",
+    "keeps its prompt and starting noise. A number beside a row is the mean of all held-out images.",
     "reward_curve.png": "What was measured during the training.",
     "evaluation.png": "Before and after training, from the same new noise.",
     "evaluation_stock.png": "The same with the pipeline's own settings.",
@@ -237,6 +237,7 @@ def ending(folder: Path, epochs: int, objective: str | None) -> str:
         f"The report: {folder / 'report.html'}",
         f"To compare it with the initial model: python sd_demo.py --evaluate {folder}{by_people}",
     ]
-    if not settings_of(folder).stopped:  # its reason says how to go on
-        lines.append(f"To go on: python sd_demo.py --resume {folder} --epochs {2 * max(epochs, 1)}")
+    if not settings_of(folder).stopped:  # which says itself how to go on
+        more = 2 * max(epochs, 1)
+        lines.append(f"To go on: python sd_demo.py --resume {folder} --epochs {more}")
     return "\n".join(lines)

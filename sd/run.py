@@ -83,7 +83,7 @@ def load(args: Settings) -> Setup:
     scorers = load_scorers(args.objective, prompts, **models) if by_scorer else []
     watch = load_scorers(args.watch, prompts, **models) if args.watch else []
     if len(watch) > 1:
-        raise UserError(f"--watch {args.watch}: give one scorer")
+        raise UserError(f"--watch {args.watch}: give one scorer, not several")
     numbered = [*prompts, *sorted({*of_labels, *eval_prompts} - {*prompts})]
     model = load_model(
         args,
@@ -175,7 +175,7 @@ def describe(setup: Setup) -> str:
         lines.append(f"{len(setup.label_groups)} groups of --labels are trained on first.")
     if args.evaluate:
         lines.append(
-            f"Initial and tuned model draw {args.eval_images} images from the same noises, "
+            f"Initial and tuned model draw {args.eval_images} images from the same starting noise, "
             f"compared by {row['objective']}; then at the pipeline's own settings."
         )
     elif args.objective:
@@ -726,7 +726,7 @@ def advice(folder: Path, args: Settings, *, new_run: bool) -> str:
     )
     if new_run:
         return f"{kept}: --init-lora {lora} begins with it." if trained else f"{kept}."
-    verb = "--evaluate" if args.evaluate else "--resume"
+    verb = "--evaluate" if args.evaluate and trained else "--resume"
     return f"{kept}. Go on with: python sd_demo.py {verb} {folder}"
 
 
@@ -798,7 +798,7 @@ def open_folder(args: Settings) -> Path:
     except OSError as error:
         where, remedy = f"--out {args.out}", "choose another folder"
         if args.resume:
-            where, remedy = args.resume, "make room, or allow it"
+            where, remedy = args.resume, "free disk space, or change its permissions"
         raise UserError(f"{where} cannot be written ({error.strerror}): {remedy}") from error
     if not args.resume:
         files.save_json(out / "config.json", {**args.row(), "out": str(out), **provenance()})
@@ -827,7 +827,7 @@ def check_not_lost(out: Path) -> None:
     first = epochs == [1] and folder.is_dir() or not epochs and not lora.exists()
     if first or (folder / "state.pt").exists():
         return
-    remedy = "put a copy back"
+    remedy = "restore a copy"
     if lora.exists():
         remedy = f"--evaluate it, begin a new run with --init-lora {lora.parent}, or {remedy}"
     raise UserError(f"{out} has lost checkpoint/state.pt, so it cannot go on: {remedy}")

@@ -203,7 +203,7 @@ def load_function(file: str, function: str) -> Callable:
     """
     path = Path(os.path.abspath(file))
     if not os.path.isfile(path):  # Path.is_file fails on a name that is too long
-        raise UserError(f"there is no file {file} with a scorer '{function}'")
+        raise UserError(f"there is no file {file} with a scorer '{function}': check its path")
     if str(path.parent) not in sys.path:
         sys.path.append(str(path.parent))
     spec = spec_from_file_location("scorer_" + re.sub(r"\W", "_", path.stem), path)
@@ -231,7 +231,7 @@ def checked(function: Callable, title: str, prompts: list[str]) -> Scorer:
             answer = function([image.copy() for image in images], list(prompts))
         except (Exception, SystemExit) as error:
             problem = f"{type(error).__name__}: {error}"
-            raise UserError(f"the scorer {title} raised {problem}") from error
+            raise UserError(f"the scorer {title} raised {problem}: correct it") from error
         try:
             return read_scores(answer, len(images))
         except Exception as error:  # of many kinds, as an answer may be anything

@@ -4,11 +4,8 @@ torch.distributions, diffusers' schedulers, Alg. 1 typed out, autograd through t
 finite differences, plain-Python loops, and problems whose answer is known.
 """
 
-import ast
 import math
-import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -19,7 +16,6 @@ from hypothesis import strategies as st
 from torch.distributions import MultivariateNormal, Normal
 from torch.testing import assert_close
 
-import d3po
 from d3po import (
     Schedule,
     Trajectory,
@@ -1347,21 +1343,3 @@ def test_a_step_without_noise_is_refused_by_number_with_the_remedy():
     for call in calls:
         with pytest.raises(ValueError, match=r"steps \[2\].*sigma.*eta"):
             call()
-
-
-# The file itself
-
-
-def imported_modules(source):
-    modules = set()
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Import):
-            modules |= {alias.name.split(".")[0] for alias in node.names}
-        if isinstance(node, ast.ImportFrom):
-            modules.add((node.module or ".").split(".")[0])
-    return modules
-
-
-def test_d3po_imports_only_torch_and_the_standard_library():
-    source = Path(d3po.__file__).read_text()
-    assert imported_modules(source) - set(sys.stdlib_module_names) == {"torch"}

@@ -6,7 +6,7 @@ mean over the chains or pairs. All of them take
 
     cond: None or a tensor (B, ...), as in d3po.py.
     steps: actions to train on, in this order; by default all, shuffled by torch's global generator.
-    generator: of the noises that those draw which denoise; by default torch's global one.
+    generator: of the noise that some of them draw; by default torch's global one.
 """
 
 from collections.abc import Iterator

@@ -210,9 +210,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = new_parser("python -m toy.compare", __doc__.splitlines()[0])
     parser.add_argument("--mixture", choices=MIXTURES, default="ring", help="the data")
     parser.add_argument("--preference", choices=SCORES, default="reach", help="the score")
-    parser.add_argument("--beta", type=float, default=0.3, help="of J, score per nat")
+    parser.add_argument("--beta", type=float, default=0.3, help="beta of J, score per nat")
     parser.add_argument("--num-steps", type=int, default=20, help="T, denoising steps")
-    parser.add_argument("--epochs", type=int, default=100, help="of every run")
+    parser.add_argument("--epochs", type=int, default=100, help="epochs of every run")
     parser.add_argument("--pairs", type=int, default=128, help="pairs, so labels, an epoch")
     parser.add_argument(
         "--methods",

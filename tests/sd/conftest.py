@@ -1,6 +1,9 @@
 """Fixtures of the tests of sd/: a tiny model, scorers, and gradients that overflow."""
 
+from functools import wraps
+
 import pytest
+from diffusers import StableDiffusionPipeline
 from sd_helpers import PROMPTS, break_gradients, make_pipeline
 
 from sd import figures, run
@@ -43,8 +46,18 @@ def first_only(images, prompts):
 
 @pytest.fixture(autouse=True, scope="module")
 def on_the_cpu():
-    """Also where there is a GPU: these tests are about bytes and floats."""
+    """Also where there is a GPU: these tests are about bytes and floats.
+
+    A call of a pipeline that names no number of steps takes 4 of them, not 50.
+    """
+    call = StableDiffusionPipeline.__call__
+
+    @wraps(call)
+    def quick(*args, num_inference_steps=4, **options):
+        return call(*args, num_inference_steps=num_inference_steps, **options)
+
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(StableDiffusionPipeline, "__call__", quick)
         patch.setattr("torch.cuda.is_available", lambda: False)
         patch.setenv("HF_HUB_OFFLINE", "1")
         patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)

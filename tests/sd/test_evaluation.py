@@ -136,8 +136,8 @@ def test_a_blind_test_counts_wins_and_halves_ties(blind, tmp_path):
     assert result["win_rate"] == 0.75 and result["more_than_half_of_votes"] == 0.5
     low, high = result["win_rate_interval"]
     assert low < 0.75 < high
-    text, code = page.farewell
-    assert "75 %" in text and str(tmp_path / "lora") in text
+    text, code, values = page.farewell
+    assert "75 %" in text and values["LoRA"] == str(tmp_path / "lora")
     assert code == "import torch" and files.read_json(tmp_path / "evaluation.json") == result
     for name, first in (("tuned", 0), ("initial", 3)):
         for n in range(3):

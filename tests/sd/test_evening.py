@@ -27,8 +27,8 @@ from sd import annotate
 from sd.files import read_lines, save_lines
 from sd.labels import majority, read_labels
 
-FLAGS = "--objective human --prompts-per-epoch 24 --eval-images 8 --seed 0 --device cpu"
-QUESTIONS, KILLED_AFTER, TRAINED_AFTER, FINISHED_AFTER = 24, 9, 20, 5  # in epochs 1, 1 and 3
+FLAGS = "--objective human --eval-images 2 --num-steps 4 --replay 1 --seed 0 --device cpu"
+QUESTIONS, KILLED_AFTER, TRAINED_AFTER, FINISHED_AFTER = 8, 3, 6, 2  # in epochs 1, 1 and 3
 
 
 def warmth(png: bytes) -> float:

@@ -75,7 +75,7 @@ def test_a_file_is_the_old_one_until_it_is_the_new_one(tmp_path, name):
     with full_disk(), pytest.raises(UserError) as error:
         save(path, new)
     message = str(error.value)
-    assert name in message and message.endswith("make room for it, or allow it")
+    assert name in message and message.endswith("free disk space, or change its permissions")
     assert "\n" not in message and ("File too large" in message or "is the disk full?" in message)
     assert path.read_bytes() == before and same(read(path), old)
     assert os.listdir(tmp_path) == [name]
@@ -179,7 +179,7 @@ def test_tensors_that_cannot_be_read_are_named(tmp_path, content):
     file = tmp_path / "a.pt"
     files.save_tensors(file, {"n": torch.ones(99)})
     file.write_bytes(file.read_bytes()[:300] if content == b"half" else content)
-    with pytest.raises(UserError, match=f"^{file} cannot be used .*put a copy of it back$"):
+    with pytest.raises(UserError, match=f"^{file} cannot be used .*restore a copy of it$"):
         files.load_tensors(file)
 
 
@@ -199,7 +199,7 @@ def test_a_run_belongs_to_one_process_until_that_is_killed(tmp_path):
     process.start()
     assert here.recv() == "held"
     with files.Lock() as lock:
-        with pytest.raises(UserError, match=f"^{tmp_path} is at work in another process: wait"):
+        with pytest.raises(UserError, match=f"^{tmp_path} is in use by another process: wait"):
             lock.acquire(tmp_path)
         process.kill()
         process.join()
@@ -221,7 +221,7 @@ def test_the_message_names_the_lock_that_another_machine_may_have_left(tmp_path,
     assert not file.exists() and os.uname().nodename in content
     file.write_text(content.replace(os.uname().nodename, "node1"))
     with files.Lock() as lock:
-        with pytest.raises(UserError, match=f"on another machine either, delete {file}$"):
+        with pytest.raises(UserError, match=f"on no other machine either, delete {file}$"):
             lock.acquire(tmp_path)
         file.unlink()
         lock.acquire(tmp_path)

@@ -81,7 +81,7 @@ def test_scores_are_those_of_the_images_of_a_batch():
 
 
 def test_held_out_noises_have_prompts_of_their_own(tiny, monkeypatch):
-    monkeypatch.setattr(model, "STOCK_IMAGES", 1)  # of 50 steps each
+    monkeypatch.setattr(model, "STOCK_IMAGES", 1)
     apart = Loaded(tiny, "--eval-images 5", prompts=PROMPTS[:3], eval_prompts=PROMPTS[3:])
     alone = Loaded(tiny, "--eval-images 5", prompts=PROMPTS[3:])
 

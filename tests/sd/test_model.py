@@ -62,8 +62,9 @@ def test_guidance_is_that_of_two_calls_but_takes_one(tiny, precision):
     assert (prompted - empty).abs().max() > 2 * tolerance  # so the test sees the guidance
 
 
-def test_at_scale_1_the_empty_prompt_is_left_out(tiny):
-    loaded = Loaded(tiny, "--guidance-scale 1")
+@pytest.mark.parametrize("scale", [0.5, 1])
+def test_at_scale_1_and_below_the_empty_prompt_is_left_out(tiny, scale):
+    loaded = Loaded(tiny, guidance_scale=scale)
     unet, text = loaded.model.network, embeddings(loaded.model, [1, 3])[:, 0]
     x, time = torch.randn(2, 4, 16, 16), torch.tensor([900, 300])
     rows = count_rows(unet)
@@ -146,14 +147,6 @@ def test_images_are_those_of_the_stock_pipeline(tmp_path, variant, capsys):
     assert not same_images(images[:1], images[1:2], 3)  # one x_T, but other noise on the way
 
 
-def test_the_chains_of_a_group_start_alike_and_part(tiny):
-    batch = Loaded(tiny).sample((1, 3), 3)
-    start, end = (state.view(2, 3, -1) for state in batch.trajectory.x[[0, -1]])
-    assert torch.equal(start[:, 0], start[:, 1]) and torch.equal(start[:, 0], start[:, 2])
-    assert not torch.equal(start[0], start[1])
-    assert len({tuple(chain.tolist()) for chain in end.flatten(0, 1)}) == 6
-
-
 def held_out(loaded, purpose=RandomPurpose.HELD_OUT) -> tuple[list, list, float | None]:
     return model.sample_held_out(loaded.model, loaded.model.sampler, loaded.args, purpose=purpose)
 
@@ -177,7 +170,7 @@ def test_held_out_images_have_the_prompts_in_turn_and_fixed_noises(tiny):
 
 def test_noise_belongs_to_the_image_however_many_are_sampled_together(tiny, monkeypatch):
     results = []
-    monkeypatch.setattr(model, "STOCK_IMAGES", 3)  # of 50 steps
+    monkeypatch.setattr(model, "STOCK_IMAGES", 3)
     loaded = Loaded(tiny, "--eval-images 6 --max-kl 9")
     randomise_lora(loaded.model)
     rows = count_rows(loaded.model.network)
@@ -236,17 +229,17 @@ def test_before_training_the_policy_is_the_reference_exactly(tiny, precision):
 
 
 def test_rounding_kl_is_that_between_bf16_and_a_model_in_float32_with_its_weights(tiny):
-    run = Loaded(tiny, "--precision bf16")
+    run = Loaded(tiny, "--precision bf16 --num-steps 2")
     pipe = StableDiffusionPipeline.from_pretrained(tiny, dtype=torch.bfloat16)
-    exact = Loaded(tiny, model=pipe.to(torch.float32)).model
+    exact = Loaded(tiny, "--num-steps 2", model=pipe.to(torch.float32)).model
     half = run.model
     for loaded in (half, exact):
         randomise_lora(loaded)
-    batch = run.sample()
+    batch = run.sample((0,))
     cached = half.conditioning.cache
-    exact.conditioning.cache = {n: map_tensors(torch.Tensor.float, cached[n]) for n in (0, 1)}
+    exact.conditioning.cache = {0: map_tensors(torch.Tensor.float, cached[0])}
     expected, log_prob = 0.0, half.log_prob(half.sampler, batch)
-    for i in range(3):
+    for i in range(2):
         x, sigma = batch.trajectory.x[i], half.schedule.sigma[i]
         with torch.no_grad():
             rounded, own = (
@@ -255,9 +248,9 @@ def test_rounding_kl_is_that_between_bf16_and_a_model_in_float32_with_its_weight
                 for loaded in (half, exact)
             )
         expected += (rounded - own).square().sum() / (2 * sigma**2) / len(x)
-    assert half.rounding_kl(batch, 3) == pytest.approx(expected.item(), rel=0.03) and expected > 0
+    assert half.rounding_kl(batch, 2) == pytest.approx(expected.item(), rel=0.03) and expected > 0
     assert torch.equal(half.log_prob(half.sampler, batch), log_prob)  # it is bf16 again
-    assert exact.rounding_kl(batch, 3) == 0
+    assert exact.rounding_kl(batch, 2) == 0
 
 
 def test_a_kl_limit_below_what_rounding_adds_is_refused(tiny, tmp_path):

@@ -35,39 +35,29 @@ PRECEDENCE = {
         (ANY, 12),
         (f"{ON_EMOJI} --loss eq14", 24),
         (HUMAN, 20),
-        (f"{HUMAN} --loss eq14", 20),
         (f"{HUMAN} --labels a.csv", 20),
         (f"{ON_EMOJI} --labels a.csv", 12),
         ("--labels a.csv", 4),
-        ("--labels a.csv --epochs 7", 7),
         (f"{HUMAN} {PAPER}", 400),
-        (f"{HUMAN} {PAPER} --epochs 3", 3),
         (f"{ON_EMOJI} --epochs 12", 12),  # as the default, and typed
     ],
     "images_per_prompt": [(ANY, 8), (HUMAN, 2), (TAGS, 7), (f"{TAGS} {PAPER}", 2)],
     "prompts_per_epoch": [(ANY, 4), (TAGS, 8), (f"{HUMAN} {PAPER}", 80)],
-    "reference": [(TAGS, "initial"), (f"{TAGS} {PAPER} --reference previous", "previous")],
+    "reference": [(TAGS, "initial")],
     "lr": [(ANY, 3e-4), (ON_EMOJI, 1.5e-3), (HUMAN, 1.5e-3), (f"{HUMAN} {PAPER}", 3e-5)],
     "beta": [
         (ANY, 0.12),
         (HUMAN, 0.12),
         (f"{ANY} --loss eq14", 0.15),
         (f"{HUMAN} {PAPER}", None),
-        (f"{HUMAN} {PAPER} --beta 0.06", 0.06),
         (f"{ON_EMOJI} --loss sft", 0),
-        (f"{ON_EMOJI} --loss sft --beta 2", 2),
     ],
-    "clip": [
-        (f"{ON_EMOJI} --loss ddpo", 0.1),
-        (f"{ON_EMOJI} --loss ddpo --clip 0.2", 0.2),
-        (f"{ON_EMOJI} --loss dpok", None),
-    ],
+    "clip": [(f"{ON_EMOJI} --loss ddpo", 0.1), (f"{ON_EMOJI} --loss dpok", None)],
     "num_steps": [(ANY, 20), (ON_EMOJI, 10), (f"{ON_EMOJI} --recipe default", 10)],
-    "skip_last": [(ON_EMOJI, 2), (f"{ON_EMOJI} {PAPER}", 0), (f"{ANY} {PAPER} --skip-last 2", 2)],
+    "skip_last": [(ON_EMOJI, 2), (f"{ON_EMOJI} {PAPER}", 0)],
     "gradient_checkpointing": [
         (ANY, True),
         (f"{ON_EMOJI} {PAPER}", False),
-        (f"{ON_EMOJI} --gradient-checkpointing", True),
         (f"{ANY} --no-gradient-checkpointing", False),
     ],
     "loss": [(ANY, "chain"), (TAGS, "chain"), (f"{TAGS} --loss eq14", "eq14")],
@@ -78,7 +68,6 @@ PRECEDENCE = {
         (HUMAN, CLASSIFIER),
         (f"{ON_EMOJI} --prompts animals", CLASSIFIER),
         (f"{ON_EMOJI} --prompts hand", None),
-        (f"{ON_EMOJI} --prompts hand --watch incompressibility", "incompressibility"),
         (f"{ON_EMOJI} --watch incompressibility", "incompressibility"),
     ],
 }
@@ -150,7 +139,7 @@ def test_the_common_flags_fill_a_screen_and_help_shows_each_default(monkeypatch)
     text = options.build_parser().format_help()
     first = text.split("\n\nwhat to learn:\n")[0].splitlines()
     assert len(first) <= 40 and max(map(len, first)) <= 80
-    entries = re.split(r"\n  (?=--)", text.split("\n\ndefaults of their own")[0])[1:]
+    entries = re.split(r"\n  (?=--)", text.split("\n\nother defaults")[0])[1:]
     helps = {entry.split()[0].rstrip(","): "".join(entry.split()) for entry in entries}
     assert helps.keys() == {options.flag_of(name) for name in options.FLAGS}
     for name, option in options.FLAGS.items():
@@ -211,7 +200,7 @@ def test_a_resumed_run_takes_more_epochs_another_port_and_what_it_has(earlier):
         ("--objective tags", "--objective human"),
     ):
         message = refusal(f"--resume {earlier} {flags}")
-        assert f"was started with {was}: give the same, or a new run" in message
+        assert f"was started with {was}: give the same, or start a new run" in message
 
 
 def test_an_evaluation_takes_other_settings_but_the_same_weights(earlier):
@@ -292,22 +281,18 @@ REFUSED = {
     "--objective ''": "say what to learn: --objective",
     "--images .": "--images is the folder of the images of --labels",
     "--height 64": "--height and --width: give both, or none",
-    "--width 64": "--height and --width: give both, or none",
     "--replay 1 --reference previous": "need --reference initial",
     "--labels x.csv --reference previous": "need --reference initial",
     "--replay -1": "--replay -1: give a number, 0 or more",
     "--max-kl 0": "--max-kl 0.0: give a number, more than 0",
     "--epochs 0": "--epochs 0: give a number, more than 0",
-    "--lr nan": "--lr nan: give a number, more than 0",
     "--lr inf": "--lr inf: give a number, more than 0",
     "--weight-decay nan": "--weight-decay nan: give a number, 0 or more",
     "--skip-last 20": "--skip-last 20: some of the --num-steps 20 must be left",
-    "--num-steps 2": "--skip-last 2: some of the --num-steps 2 must be left",
     "--images-per-prompt 1": "a preference needs 2 or more",
     "--clip 1": "--clip 1.0: give a number below 1",
     "--loss chain --update-every timestep": "give no --update-every timestep",
     "--loss chain --recipe paper": "clamps no ratio: give no --clip",
-    "--loss dpok --recipe paper": "--loss dpok clamps no ratio: give no --clip",
     "--beta 0": "--loss chain needs a --beta above 0",
     "--loss ddpo --replay 2": "give one scorer as --objective, no --labels and no --replay",
     "--loss dpok --labels x.csv": "learns from one score of each new image",
@@ -346,10 +331,6 @@ def test_what_is_mistyped_is_refused_below_one_line_of_usage(flags, capsys):
 def test_from_python_a_choice_is_checked_too():
     with pytest.raises(UserError, match="--loss lora: choose one of chain, eq14"):
         options.make_settings(objective="compressibility", loss="lora")
-
-
-def test_without_an_objective_the_command_line_asks_for_one():
-    assert "say what to learn: --objective" in refusal("")
 
 
 @pytest.mark.parametrize("flag", ["--out", "--labels", "--model", "--images", "--init-lora"])

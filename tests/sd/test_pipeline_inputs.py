@@ -7,7 +7,6 @@ import torch
 from diffusers import (
     AsymmetricAutoencoderKL,
     AutoencoderTiny,
-    DDIMParallelScheduler,
     DDIMScheduler,
     DDPMScheduler,
     DPMSolverMultistepScheduler,
@@ -26,14 +25,11 @@ from sd import UserError, pipeline
 from sd.pipeline import decode, encode, fuse_lora, load_pipeline, loading_options
 
 
-def saved(folder, pipe=None, *, scheduler=None, **config):
-    """The folder of a pipeline with another scheduler, or another setting of its own."""
-    pipe = pipe or make_pipeline()
-    if scheduler or config:
-        kind = scheduler or type(pipe.scheduler)
-        pipe.scheduler = kind.from_config(pipe.scheduler.config, **config)
-    pipe.save_pretrained(folder)
-    return folder
+def with_scheduler(kind=DDIMScheduler, **config):
+    """A pipeline with another scheduler, or another setting of its own."""
+    pipe = make_pipeline()
+    pipe.scheduler = kind.from_config(pipe.scheduler.config, **config)
+    return pipe
 
 
 @pytest.mark.parametrize(
@@ -57,22 +53,15 @@ def saved(folder, pipe=None, *, scheduler=None, **config):
 )
 def test_another_chain_is_refused_by_name(scheduler, config, sentence, tmp_path):
     with pytest.raises(UserError, match=sentence):
-        Loaded(saved(tmp_path, scheduler=scheduler, **config))
+        Loaded(tmp_path, model=with_scheduler(scheduler, **config))
 
 
 @pytest.mark.parametrize(
     ("scheduler", "betas"),
-    [
-        (DDPMScheduler, "laplace"),
-        (HeunDiscreteScheduler, "exp"),
-        (DDPMScheduler, "squaredcos_cap_v2"),
-        (DDIMParallelScheduler, "scaled_linear"),
-    ],
+    [(DDPMScheduler, "laplace"), (HeunDiscreteScheduler, "exp")],
 )
 def test_noise_levels_are_those_of_the_models_own_scheduler(scheduler, betas, tmp_path):
-    config = {"beta_schedule": betas, "clip_sample": False}
-    pipe = make_pipeline()
-    pipe.scheduler = scheduler.from_config(pipe.scheduler.config, **config)
+    pipe = with_scheduler(scheduler, beta_schedule=betas, clip_sample=False)
     levels, loaded = pipe.scheduler.alphas_cumprod, Loaded(tmp_path, model=pipe)
     assert type(pipe.scheduler) is DDIMScheduler
     assert torch.equal(pipe.scheduler.alphas_cumprod, levels)
@@ -81,8 +70,8 @@ def test_noise_levels_are_those_of_the_models_own_scheduler(scheduler, betas, tm
 
 def test_zero_terminal_snr_is_trained(tmp_path):
     config = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
-    folder = saved(tmp_path, prediction_type="v_prediction", **config)
-    loaded = Loaded(folder, "--num-steps 5")
+    pipe = with_scheduler(prediction_type="v_prediction", **config)
+    loaded = Loaded(tmp_path, "--num-steps 5", model=pipe)
     assert loaded.model.schedule.timesteps[0] == 999
     batch = loaded.sample()
     losses, _ = loaded.update(batch, [[0, 1], [2, 3]])
@@ -93,26 +82,20 @@ def test_zero_terminal_snr_is_trained(tmp_path):
 def test_the_size_is_the_pipelines_own(size, tmp_path):
     pipe = make_pipeline()
     pipe.unet.register_to_config(sample_size=size)
-    folder = saved(tmp_path, pipe)
+    pipe.save_pretrained(tmp_path)
     flags = "" if size else "--height 32 --width 48"
-    image = Loaded(folder, flags).sample((0,), 1).images[0]
+    image = Loaded(tmp_path, flags).sample((0,), 1).images[0]
     assert image.size == ((64, 64) if size else (48, 32))
 
 
 @pytest.mark.parametrize("spacing", ["linspace", "leading", "trailing"])
 def test_times_are_those_of_stock_but_0(spacing, tmp_path):
-    folder = saved(tmp_path, timestep_spacing=spacing, steps_offset=0)
-    loaded = Loaded(folder, "--num-steps 10").model
+    pipe = with_scheduler(timestep_spacing=spacing, steps_offset=0)
+    loaded = Loaded(tmp_path, "--num-steps 10", model=pipe).model
     loaded.pipe.scheduler.set_timesteps(10)
     expected = loaded.pipe.scheduler.timesteps.clamp(min=1)
     assert torch.equal(loaded.schedule.timesteps, expected)
     assert spacing != "linspace" or loaded.schedule.timesteps[0] == 999
-
-
-@pytest.mark.parametrize("scale", ["0", "0.5", "1"])
-def test_no_guidance_at_1_and_below(scale, tiny):
-    loaded = Loaded(tiny, f"--guidance-scale {scale}").model
-    assert loaded.conditioning.halves == 1
 
 
 TINY_VAE = {"latent_channels": 4, "num_decoder_blocks": [1] * 4, "num_encoder_blocks": [1] * 4}
@@ -224,10 +207,10 @@ def lora(tiny):
     [
         ("", "", None),
         ("text_encoder.", "", None),
-        ("up_blocks", "up_blockz", r"\d\d of its 84 matrices have a layer in this model"),
+        ("mid_block", "mid_blockz", "12 of its 24 matrices have a layer in this model"),
         ("lora_A", "hada_w1_a", "it is a LoHa"),
         ("lora_A", "lokr_w1", "it is a LoKr"),
-        ("unet.", "transformer.", "0 of its 84 matrices"),
+        ("unet.", "transformer.", "0 of its 24 matrices"),
     ],
 )
 def test_a_lora_is_fused_whole_or_refused(part, other, sentence, lora, tmp_path):
@@ -272,11 +255,11 @@ def test_one_file_says_what_it_lacks(keys, sentence, tmp_path):
 
 
 def test_prompts_are_encoded_when_they_are_needed(tiny):
-    loaded = Loaded(tiny, prompts=[f"a cat {n}" for n in range(20_000)])
+    loaded = Loaded(tiny, prompts=[f"a cat {n}" for n in range(500)])
     cache = loaded.model.conditioning.cache
     assert len(cache) == 1
-    loaded.sample((7, 19_999))
-    assert set(cache) == {0, 7, 19_999}
+    loaded.sample((7, 499))
+    assert set(cache) == {0, 7, 499}
 
 
 def test_old_prompts_are_forgotten(tiny, monkeypatch):

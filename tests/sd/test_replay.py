@@ -12,7 +12,7 @@ from sd_helpers import FLAGS, PROMPTS, Loaded, outcome, read_rows, run, typed
 
 import d3po
 import sd_demo
-from sd import files, images, label_files, options, replay
+from sd import figures, images, label_files, options, replay
 from sd.model import RunningAverage
 from sd.pipeline import decode
 
@@ -160,10 +160,31 @@ def test_the_average_is_the_mean_at_first_and_later_that_of_the_last_tenth():
         assert weight.item() == 100
 
 
+@pytest.fixture(scope="module")
+def kept(tiny, scorers, tmp_path_factory):
+    """A run that averages its weights, and what each of its batches was."""
+    out, batches, learn = tmp_path_factory.mktemp("kept") / "run", [], sd_demo.learn
+
+    def watch(run, batch, *, measured=False):
+        batches.append((run.epoch, batch.sampled, measured))
+        learn(run, batch, measured=measured)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sd_demo, "learn", watch)
+        patch.setattr(figures, "draw_run", lambda run: None)
+        flags = "--replay 2 --average-weights --batch-size 1"
+        return run(tiny, out, f"{scorers}:brightness", flags), batches
+
+
+def test_earlier_groups_are_trained_on_too(kept):
+    of_epoch = [(True, True), (True, True), (False, False), (False, False)]
+    assert kept[1] == [(epoch, *kind) for epoch in (1, 2) for kind in of_epoch]
+
+
 def test_what_is_saved_is_the_average_and_the_training_goes_on_from_its_own_weights(
-    tiny, scorers, tmp_path, no_figures
+    kept, tiny, tmp_path
 ):
-    out = run(tiny, tmp_path / "run", f"{scorers}:brightness", "--replay 2 --average-weights")
+    out, _ = kept
     state = torch.load(out / "checkpoint" / "state.pt")
     loaded = Loaded(tiny, "--average-weights")
     loaded.run.folder = out
@@ -180,19 +201,6 @@ def test_what_is_saved_is_the_average_and_the_training_goes_on_from_its_own_weig
 # Runs that keep their labels
 
 FAR = "--loss eq14 --batch-size 1 --replay 2 --lr 0.02"  # the KL is clearly above 0
-
-
-def test_earlier_groups_are_trained_on_too(tiny, scorers, tmp_path, no_figures, monkeypatch):
-    batches, learn = [], sd_demo.learn
-
-    def watch(run, batch, *, measured=False):
-        batches.append((run.epoch, batch.sampled, measured))
-        learn(run, batch, measured=measured)
-
-    monkeypatch.setattr(sd_demo, "learn", watch)
-    run(tiny, tmp_path / "run", f"{scorers}:brightness", "--replay 2 --batch-size 1")
-    of_epoch = [(True, True), (True, True), (False, False), (False, False)]
-    assert batches == [(epoch, *kind) for epoch in (1, 2) for kind in of_epoch]
 
 
 def test_a_batch_that_was_sampled_is_not_sampled_again(tiny, tmp_path):
@@ -241,6 +249,8 @@ def test_a_run_that_stops_at_once_keeps_nothing_and_says_so(
 
 # Images that were judged already
 
+BOTH = ("chosen", "rejected")
+
 
 @pytest.fixture
 def label_file(tmp_path):
@@ -251,7 +261,7 @@ def label_file(tmp_path):
         for name, level in (("a", 200), ("b", 60)):
             picture = np.random.default_rng(n).integers(0, 40, (40, 60, 3)) + level
             Image.fromarray(picture.astype(np.uint8)).save(folder / f"{n}{name}.png")
-        rows.append({"prompt": prompt, "chosen": f"{n}a.png", "rejected": f"{n}b.png"})
+        rows.append({"prompt": prompt} | dict(zip(BOTH, (f"{n}a.png", f"{n}b.png"), strict=True)))
     file = folder / "labels.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return file
@@ -323,36 +333,24 @@ def test_with_an_objective_the_file_comes_first(
     assert kept == ["e000.pt", "e002.pt"]
 
 
-def test_the_labels_of_a_run_are_a_file_for_the_next(tiny, scorers, tmp_path, no_figures):
-    earlier = run(tiny, tmp_path / "earlier", f"{scorers}:brightness", "--epochs 1")
-    out = learn_from(earlier / "labels.jsonl", tiny, tmp_path / "run", "--epochs 1")
-    (first,) = read_rows(out / "metrics.jsonl")
-    assert first["labels"] == sum(row["h"] != 0 for row in read_rows(earlier / "labels.jsonl"))
-    assert files.read_json(out / "config.json")["objective"] is None
-
-
-def test_bytes_in_a_parquet_train_the_lora_that_the_same_images_as_files_do(
-    tiny, tmp_path, no_figures
+def test_bytes_in_a_parquet_are_trained_on_as_the_same_images_in_files(
+    tiny, label_file, tmp_path, no_figures
 ):
     parquet = pytest.importorskip("pyarrow.parquet")
     table = pytest.importorskip("pyarrow").Table
-    random, rows = np.random.default_rng(0), []
-    for n in range(6):
-        names = [f"{n}_{k}.png" for k in range(2)]
-        for name in names:
-            Image.fromarray(random.integers(0, 256, (64, 64, 3), np.uint8)).save(tmp_path / name)
-        rows.append(
-            {"caption": PROMPTS[n % 3], "label_0": n % 2, "label_1": 1 - n % 2}
-            | {f"jpg_{k}": name for k, name in enumerate(names)}
-        )
-    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with_bytes = [
-        row | {key: (tmp_path / row[key]).read_bytes() for key in ("jpg_0", "jpg_1")}
-        for row in rows
+    rows = [
+        {"caption": row["prompt"], "label_0": 1, "label_1": 0}
+        | {f"jpg_{k}": (label_file.parent / row[name]).read_bytes() for k, name in enumerate(BOTH)}
+        for row in read_rows(label_file)
     ]
-    parquet.write_table(table.from_pylist(with_bytes), tmp_path / "pairs.parquet")
-    by_files, by_bytes = (
-        learn_from(tmp_path / f"pairs.{suffix}", tiny, tmp_path / suffix, "--epochs 1")
-        for suffix in ("jsonl", "parquet")
+    parquet.write_table(table.from_pylist(rows), tmp_path / "pairs.parquet")
+    out = learn_from(tmp_path / "pairs.parquet", tiny, tmp_path / "run", "--epochs 1")
+    expected = replay.encode_groups(
+        label_files.read_label_file(label_file).groups, Loaded(tiny).model.conditioning
     )
-    assert outcome(by_files) == outcome(by_bytes)
+    groups = replay.load_groups(out / "latents", 0)
+    assert [group.prompt for group in groups] == [group.prompt for group in expected]
+    for one, other in zip(groups, expected, strict=True):
+        assert torch.equal(one.x_0, other.x_0) and torch.equal(one.pairs, other.pairs)
+    assert len(list((out / "label_images").iterdir())) == 8
+    assert read_rows(out / "metrics.jsonl")[0]["loss"] > 0

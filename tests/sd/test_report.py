@@ -180,6 +180,7 @@ def test_the_end_of_a_run_says_what_can_be_done_with_it(make):
     assert go_on == f"To go on: python sd_demo.py --resume {out} --epochs 4"  # as many again
     assert f"--evaluate {out} --objective human" in report.ending(out, 2, None)
     assert "--epochs 2" in report.ending(out, 0, "human")  # ended in its first round
+    assert "--epochs" not in report.ending(make({"stopped": "The KL is above"}), 2, "human")
 
 
 @pytest.mark.slow

@@ -153,23 +153,22 @@ def undrawn(monkeypatch, no_figures):
     monkeypatch.setattr(figures, "draw_pairs", lambda *args: None)
 
 
-def run_of(epochs: int, model: Path, scorers: Path, out: Path) -> Path:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(figures, "draw_run", lambda run: [])
-        flags = "--replay 1 --average-weights --max-kl 1e6"
-        return run(model, out, f"{scorers}:brightness", flags, epochs=epochs)
-
-
 @pytest.fixture(scope="module")
 def first(tiny, scorers, tmp_path_factory):
     """A run of one epoch."""
-    return run_of(1, tiny, scorers, tmp_path_factory.mktemp("first") / "run")
+    out, flags = tmp_path_factory.mktemp("first") / "run", "--replay 1 --average-weights --epochs 1"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(figures, "draw_run", lambda run: None)
+        return run(tiny, out, f"{scorers}:brightness", flags)
 
 
 @pytest.fixture(scope="module")
-def done(tiny, scorers, tmp_path_factory):
-    """The same, of two."""
-    return run_of(2, tiny, scorers, tmp_path_factory.mktemp("done") / "run")
+def done(first, tmp_path_factory):
+    """The same, with a second epoch."""
+    out = shutil.copytree(first, tmp_path_factory.mktemp("done") / "run")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(figures, "draw_run", lambda run: None)
+        return sd_demo.run(resume=out, epochs=2)
 
 
 @pytest.fixture
@@ -309,8 +308,9 @@ def test_where_a_write_fails_the_run_keeps_what_it_had_and_goes_on(
         }
 
 
+@pytest.mark.parametrize("room, name", [(figures, "draw_run"), (report, "write")])
 def test_figures_and_report_come_after_the_checkpoint_and_may_fail(
-    first, done, tmp_path, monkeypatch, capsys, undrawn
+    first, done, tmp_path, monkeypatch, capsys, undrawn, room, name
 ):
     out = shutil.copytree(first, tmp_path / "run")
 
@@ -318,17 +318,10 @@ def test_figures_and_report_come_after_the_checkpoint_and_may_fail(
         assert torch.load(folder / "checkpoint" / "state.pt")["epoch"] == 2
         raise UserError("reward_curve.png cannot be written")
 
-    for room, name in ((figures, "draw_run"), (report, "write")):
-        (out / "checkpoint" / "state.pt").write_bytes(
-            (first / "checkpoint" / "state.pt").read_bytes()
-        )
-        with monkeypatch.context() as patch:
-            patch.setattr(room, name, fail)
-            sd_demo.run(resume=out, epochs=2)
-        assert "WARNING: the figures or the report could not be written" in capsys.readouterr().out
-        assert outcome(out) == outcome(done)
-    assert "1 epoch" in (out / "README.md").read_text("utf-8")
+    monkeypatch.setattr(room, name, fail)
     sd_demo.run(resume=out, epochs=2)
+    assert "WARNING: the figures or the report could not be written" in capsys.readouterr().out
+    assert outcome(out) == outcome(done)
 
 
 # Text that a console, or the encoding of files, does not have
@@ -374,20 +367,19 @@ def test_a_second_start_on_a_run_is_refused_and_changes_nothing(done, capsys):
     with files.Lock() as lock:
         lock.acquire(done)
         for command in ("resume", "evaluate"):
-            assert refusal(**{command: done}).startswith(f"{done} is at work in another process")
+            assert refusal(**{command: done}).startswith(f"{done} is in use by another process")
         sd_demo.run(resume=done, dry_run=True)  # which only reads
     assert contents(done) == before
 
 
-@pytest.mark.parametrize("earlier", [True, False])
-@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("earlier, stop", [(True, signal.SIGINT), (False, signal.SIGTERM)])
 def test_a_run_holds_its_folder_and_lets_go_of_it_when_it_is_stopped(
     copy, tiny, tmp_path, monkeypatch, earlier, stop
 ):
     out = copy if earlier else tmp_path / "new"
 
     def train(run):
-        with pytest.raises(UserError, match="at work in another process"), files.Lock() as lock:
+        with pytest.raises(UserError, match="in use by another process"), files.Lock() as lock:
             lock.acquire(out)
         os.kill(os.getpid(), stop)
         yield
@@ -421,29 +413,28 @@ def other_rank(file: Path) -> None:
 
 
 LOST = {  # what happens to the checkpoint
-    "the folder is gone": lambda file: shutil.rmtree(file.parent),
-    "it is cut short": lambda file: file.write_bytes(file.read_bytes()[:2000]),
-    "it is of something else": lambda file: torch.save({"epoch": 2}, file),
-    "it is of another rank": other_rank,
+    "gone with its folder": lambda file: shutil.rmtree(file.parent),
+    "cut short": lambda file: file.write_bytes(file.read_bytes()[:2000]),
+    "of another rank": other_rank,
 }
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("what", LOST)
 def test_without_its_checkpoint_a_run_is_evaluated_by_its_lora_and_not_resumed(
-    copy, capsys, undrawn, what
+    done, tmp_path, capsys, undrawn
 ):
-    whole = evaluation_of(copy)
-    (copy / "evaluation.json").unlink()
-    LOST[what](copy / "checkpoint" / "state.pt")
-    assert evaluation_of(copy) == whole and whole["initial"] != whole["tuned"]
-    assert f"this is about {lora_file(copy)}" in capsys.readouterr().out
-    assert "2 epochs" in (copy / "README.md").read_text("utf-8")
-
-    before = contents(copy)
-    message = refusal(resume=copy, epochs=3)
-    assert str(copy) in message and "state.pt" in message and "put a copy" in message
-    assert contents(copy) == before
+    whole = evaluation_of(shutil.copytree(done, tmp_path / "whole"))
+    assert whole["initial"] != whole["tuned"]
+    for what, damage in LOST.items():
+        out = shutil.copytree(done, tmp_path / what)
+        damage(out / "checkpoint" / "state.pt")
+        assert evaluation_of(out) == whole
+        assert f"this is about {lora_file(out)}" in capsys.readouterr().out
+        assert "2 epochs" in (out / "README.md").read_text("utf-8")
+        before = contents(out)
+        message = refusal(resume=out, epochs=3)
+        assert str(out) in message and "state.pt" in message and "restore a copy" in message
+        assert contents(out) == before
 
 
 def test_a_run_that_lost_its_lora_too_is_refused(copy):
@@ -455,7 +446,7 @@ def test_a_run_that_lost_its_lora_too_is_refused(copy):
     assert contents(copy) == before
 
 
-@pytest.mark.parametrize("content", [b"", b"junk", save({"unet.a.lora_A.weight": torch.ones(2)})])
+@pytest.mark.parametrize("content", [b"junk", save({"unet.a.lora_A.weight": torch.ones(2)})])
 def test_a_lora_that_cannot_be_read_is_named(copy, content):
     (copy / "checkpoint" / "state.pt").unlink()
     lora_file(copy).write_bytes(content)
@@ -464,13 +455,11 @@ def test_a_lora_that_cannot_be_read_is_named(copy, content):
     assert contents(copy) == before
 
 
-def test_a_run_that_was_killed_in_its_first_epoch_is_not_lost(first, tmp_path, undrawn):
-    for gone in (["checkpoint/state.pt"], ["checkpoint/state.pt", f"lora/{files.LORA_FILE}"]):
-        out = shutil.copytree(first, tmp_path / f"run{len(gone)}")
-        for name in gone:
-            (out / name).unlink()
-        sd_demo.run(resume=out)
-        assert outcome(out) == outcome(first)
+def test_a_run_that_was_killed_before_its_first_checkpoint_is_not_lost(first, tmp_path, undrawn):
+    out = shutil.copytree(first, tmp_path / "run")
+    (out / "checkpoint" / "state.pt").unlink()
+    sd_demo.run(resume=out)
+    assert outcome(out) == outcome(first)
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "latents/e001.pt"])

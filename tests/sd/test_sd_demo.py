@@ -3,6 +3,7 @@
 import json
 import math
 import runpy
+import shlex
 import shutil
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from accelerate.state import AcceleratorState
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 from sd_helpers import (
+    FLAGS,
     PROMPTS,
     Loaded,
     make_pipeline,
@@ -45,17 +47,6 @@ LOSSES = [
     ("eq12", "timestep"),
     ("chain", "trajectory"),
 ]
-
-
-@pytest.mark.parametrize("loss, every", [LOSSES[0], LOSSES[-1]])
-def test_training_raises_winners_over_losers(tiny, loss, every):
-    loaded = Loaded(tiny, f"--loss {loss} --update-every {every}")
-    batch, pairs = loaded.sample(), torch.tensor([[1, 0], [2, 3]])
-    losses = [np.mean(loaded.update(batch, pairs)[0]) for _ in range(3)]
-    log_ratio = (loaded.log_prob(batch) - loaded.reference_log_prob(batch)).sum(0)
-    winners, losers = log_ratio[pairs.T]
-    assert (winners > losers).all() and (winners - losers).mean() > 1
-    assert losses[-1] < losses[0] < math.log(2) + 0.01
 
 
 @pytest.mark.parametrize("loss, every", LOSSES)
@@ -156,11 +147,9 @@ def test_memory_is_that_of_one_step_and_checkpointing_halves_it(tiny):
     plain, gradients = bytes_held(tiny, "--skip-last 2")
     checkpointing = "--gradient-checkpointing"
     one, same_gradients = bytes_held(tiny, f"{checkpointing} --skip-last 2")
-    three, _ = bytes_held(tiny, checkpointing)
     chain, _ = bytes_held(tiny, f"{checkpointing} --loss chain")
     # A tiny UNet has few blocks: the benchmark on larger ones asks for a third
-    assert one < plain / 2 and three == one
-    assert chain == pytest.approx(one, rel=0.01)
+    assert one < plain / 2 and chain == pytest.approx(one, rel=0.01)  # of three steps
     torch.testing.assert_close(gradients, same_gradients, rtol=1e-4, atol=1e-7)
 
 
@@ -238,7 +227,7 @@ def test_the_last_ten_updates_of_all_epochs_decide_if_a_run_stops(tiny):
     loaded = Loaded(tiny)
     for fine in ([True] * 9, [False] + [True] * 9, [True] * 9 + [False], []):
         loaded.run.overflows = fine
-        loaded.run.finish(sampled=True)
+        assert loaded.run.finish(sampled=True).skipped == sum(fine)
     loaded.run.begin(7)
     loaded.run.overflows = [True] * run_room.MAX_SKIPPED
     with pytest.raises(UserError, match="Epoch 7: .* lower --lr .now 0.005."):
@@ -249,25 +238,6 @@ def test_the_last_ten_updates_of_all_epochs_decide_if_a_run_stops(tiny):
         loaded.run.finish(sampled=True)
 
 
-@pytest.mark.slow
-def test_ten_overflows_over_two_epochs_stop_a_run_and_it_can_be_resumed(
-    tiny, scorers, tmp_path, overflows, capsys
-):
-    overflows |= set(range(2, 12))  # of 6 updates an epoch
-    out = tmp_path / "run"
-    with pytest.raises(UserError, match=f"Epoch 2: .* --lr .*{out} keeps the model"):
-        run(tiny, out, f"{scorers}:brightness", "--batch-size 1")
-    (row,) = read_rows(out / "metrics.jsonl")
-    assert row["epoch"] == 1 and row["skipped"] == 4
-    assert "overflowed: 4." in capsys.readouterr().out
-    state = torch.load(out / "checkpoint" / "state.pt")
-    assert state["epoch"] == 1 and all(w.isfinite().all() for w in state["lora"].values())
-
-    sd_demo.run(resume=out)  # the overflows are over
-    first, second = read_rows(out / "metrics.jsonl")
-    assert first == row and second["skipped"] == 0
-
-
 # A run and what it leaves
 
 GROUPS_OF_3 = "--images-per-prompt 3 --batch-size 1 --lr 0.02"
@@ -275,15 +245,14 @@ GROUPS_OF_3 = "--images-per-prompt 3 --batch-size 1 --lr 0.02"
 
 @pytest.fixture(scope="module")
 def done(tiny, scorers, tmp_path_factory):
-    """A finished run of two epochs, and the bytes of its figures after each."""
+    """A finished run of two epochs, and how many it had at each call for figures."""
     out, drawn = tmp_path_factory.mktemp("done") / "run", []
-    draw_run = figures.draw_run
 
-    def draw_and_keep(run):
-        drawn.append([path.read_bytes() for path in draw_run(run)])
+    def note(run):
+        drawn.append(len(read_rows(run / "metrics.jsonl")))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(figures, "draw_run", draw_and_keep)
+        patch.setattr(figures, "draw_run", note)
         run(tiny, out, f"{scorers}:brightness", f"{GROUPS_OF_3} --watch {scorers}:blue")
     return out, drawn
 
@@ -297,12 +266,10 @@ def test_a_run_leaves_its_folder_and_draws_its_figures_after_each_epoch(done, ti
     names = {str(path.relative_to(out)) for path in out.rglob("*") if "images" not in path.parts}
     assert names == {
         *("config.json", "metrics.jsonl", "labels.jsonl", "README.md", "report.html", ".lock"),
-        *("reward_curve.png", "progress.png"),
         *("lora", "lora/pytorch_lora_weights.safetensors", "checkpoint", "checkpoint/state.pt"),
         *("latents", "latents/e001.pt", "latents/e002.pt"),
     }
-    assert len(drawn) == 2 and all(len(figures) == 2 for figures in drawn)
-    assert all(before != after for before, after in zip(*drawn, strict=True))
+    assert drawn == [1, 2]
 
 
 def test_metrics_have_the_keys_of_the_design(done):
@@ -368,10 +335,11 @@ def test_images_are_those_of_the_seed_and_of_the_lora_in_a_fresh_pipeline(done, 
 
 
 def test_one_epoch_of_the_emoji_model_from_command_line_to_lora(tmp_path):
-    out, flags = tmp_path / "run", "--epochs 1 --num-steps 4 --images-per-prompt 2 --eval-images 2"
+    out, flags = tmp_path / "run", "--epochs 1 --num-steps 3 --images-per-prompt 2 --eval-images 1"
+    flags += " --prompts-per-epoch 1 --batch-size 1"
     sd_demo.main(["--objective", "compressibility", "--out", str(out), *flags.split()])
     (row,) = read_rows(out / "metrics.jsonl")
-    assert row["labels"] == 4 and 0 <= row["watched"] <= 1 and row["loss"] > 0
+    assert row["labels"] == 1 and 0 <= row["watched"] <= 1 and row["loss"] > 0
     stored = torch.load(out / "checkpoint" / "state.pt")["lora"]
     assert any(weight.abs().max() > 0 for name, weight in stored.items() if "lora_B" in name)
 
@@ -380,12 +348,12 @@ def test_one_epoch_of_the_emoji_model_from_command_line_to_lora(tmp_path):
 
 
 def test_functions_a_loaded_pipeline_and_a_list_do_as_their_files_do(done, scorers, tmp_path):
-    """Twice with one pipeline, which comes back as it was, also from what fails."""
+    """With one pipeline, which comes back as it was, also from what fails."""
     pipe, functions = make_pipeline(), runpy.run_path(str(scorers))
     before = {name: weight.clone() for name, weight in pipe.unet.state_dict().items()}
     scheduler = pipe.scheduler
     new = {"model": pipe, "prompts": PROMPTS, **typed(GROUPS_OF_3)}
-    for name in ("refused", "planned", "first", "second"):
+    for name in ("refused", "planned", "whole"):
         settings = new | {"out": tmp_path / name, "dry_run": name == "planned"}
         settings |= {"objective": functions["brightness"], "watch": functions["blue"]}
         if name == "refused":
@@ -393,13 +361,10 @@ def test_functions_a_loaded_pipeline_and_a_list_do_as_their_files_do(done, score
                 run(tmp_path, **settings | {"watch": functions["raises"]})
         else:
             folder = run(tmp_path, **settings)
-        assert pipe.scheduler is scheduler
         after = pipe.unet.state_dict()
-        assert before.keys() == after.keys()
+        assert pipe.scheduler is scheduler and before.keys() == after.keys()
         assert all(torch.equal(before[key], after[key]) for key in before)
-        assert all(weight.requires_grad for weight in pipe.unet.parameters())
-        if name in ("first", "second"):
-            assert folder == tmp_path / name and outcome(folder) == outcome(done[0])
+    assert folder == tmp_path / "whole" and outcome(folder) == outcome(done[0])
     assert not (tmp_path / "refused").exists() and not (tmp_path / "planned").exists()
     assert files.read_json(folder / "config.json")["model"] == "<StableDiffusionPipeline>"
 
@@ -422,6 +387,7 @@ class Brighter:
 
 def test_a_labeller_takes_the_place_of_the_page(tiny, tmp_path):
     folder = run(tiny, tmp_path / "run", "human", "--replay 1", labeller=Brighter(epochs=1))
+    assert not (folder / "questions.jsonl").exists()
     sd_demo.run(resume=folder, labeller=Brighter(epochs=9))
     assert [row["epoch"] for row in read_rows(folder / "metrics.jsonl")] == [1, 2]
     labels = read_rows(folder / "labels.jsonl")
@@ -440,7 +406,7 @@ def test_a_labeller_takes_the_place_of_the_page(tiny, tmp_path):
 CHOICES = [
     "--loss eq12 --reference previous --skip-last 1",
     "--update-every trajectory --reference previous --clip 0.1 --batch-size 1",
-    "--precision bf16 --gradient-checkpointing",
+    "--precision bf16 --gradient-checkpointing --num-steps 2",
     "--recipe paper --lr 1e-3",
     "--loss diffusion-dpo --replay 1",
     "--loss dpok",
@@ -549,7 +515,7 @@ def test_a_run_ends_whose_scorer_gives_some_images_no_score(tiny, scorers, tmp_p
 
 def test_a_prompt_that_is_there_twice_keeps_its_images(tiny, scorers, tmp_path):
     (tmp_path / "p.csv").write_text('prompt\n"a cat,\nasleep"\na dog\na dog\n')
-    flags = f"--prompts {tmp_path}/p.csv --prompts-per-epoch 8 --epochs 1"
+    flags = f"--prompts {tmp_path}/p.csv --prompts-per-epoch 8 --epochs 1 --num-steps 1"
     out = run(tiny, tmp_path / "run", f"{scorers}:brightness", flags)
     prompts = {"a cat,\nasleep", "a dog"}
     assert {row["prompt"] for row in read_rows(out / "labels.jsonl")} == prompts
@@ -587,13 +553,9 @@ def test_evaluation_compares_with_the_initial_model_on_new_noises(done, tiny, tm
 
 REFUSED = {  # after the settings, whose refusals are in test_options.py
     "--model nobody/nothing": "network access; or give a folder",
-    "--model empty": "give another folder",
-    "--eta 1.5": "eta = 1.5: choose 0 < eta <= 1",
-    "--objective beauty": "objective 'beauty' is unknown: choose one of",
     "--objective SCORERS:raises": "raised RuntimeError: no luck",
     "--watch SCORERS:same,SCORERS:blue": "give one scorer",
     "--prompts nothing": "give a file, or animals",
-    "--prompts-per-epoch 3": "give a multiple of 2",
 }
 
 
@@ -602,11 +564,10 @@ def test_a_run_that_cannot_be_is_refused_in_one_sentence_and_nothing_is_written(
     tiny, scorers, tmp_path, monkeypatch, flags
 ):
     monkeypatch.chdir(tmp_path)
-    Path("empty").mkdir()
     with pytest.raises(UserError) as refused:
         run(tiny, Path("run"), "compressibility", flags.replace("SCORERS", str(scorers)))
     assert REFUSED[flags] in " ".join(str(refused.value).split())
-    assert [*tmp_path.rglob("*")] == [tmp_path / "empty"]
+    assert not [*tmp_path.rglob("*")]
 
 
 def test_main_says_a_users_mistake_and_lets_a_bug_show_its_traceback(
@@ -615,14 +576,10 @@ def test_main_says_a_users_mistake_and_lets_a_bug_show_its_traceback(
     flags = ["--model", str(tiny), "--objective", f"{scorers}:raises"]
     with pytest.raises(SystemExit, match="^sd_demo.py: the scorer .* raised RuntimeError: no luck"):
         sd_demo.main(flags)
-    learn, out = sd_demo.learn, tmp_path / "run"
     monkeypatch.setattr(sd_demo, "learn", lambda run, *_, **more: int("a bug"))
+    flags = f"--model {tiny} --objective compressibility --out {tmp_path}/run {FLAGS}"
     with pytest.raises(ValueError, match="a bug"):
-        run(tiny, out, "compressibility", "--epochs 1")
-    with pytest.raises(ValueError, match="a bug"):
-        sd_demo.main(["--resume", str(out)])
-    monkeypatch.setattr(sd_demo, "learn", learn)
-    assert sd_demo.run(resume=out) == out and len(read_rows(out / "metrics.jsonl")) == 1
+        sd_demo.main(shlex.split(flags))
 
 
 def test_a_scorer_that_fails_in_the_middle_stops_with_a_sentence(tiny, scorers, tmp_path):

@@ -2,7 +2,6 @@
 
 import copy
 import math
-from functools import partial
 
 import pytest
 import torch
@@ -18,12 +17,10 @@ T, PAIRS, BETA, LR = 5, 16, 0.3, 1e-2
 RING = MIXTURES["ring"]
 EXACT = worlds.exact_denoiser(RING)
 SCHEDULE = d3po.make_schedule(ALPHA_BARS, T)
-METHODS = {  # function, when to update, updates an epoch
-    "eq14": (d3po.d3po_losses, "timestep", T),
-    "eq12": (partial(d3po.d3po_losses, steps=[0]), "timestep", 1),
-    "chain": (d3po.chain_dpo_losses, "trajectory", 1),
+METHODS = {  # function, when to update
+    "eq14": (d3po.d3po_losses, "timestep"),
+    "chain": (d3po.chain_dpo_losses, "trajectory"),
 }
-EVERY_METHOD = pytest.mark.parametrize("method", METHODS)
 BOTH_REFERENCES = pytest.mark.parametrize(
     "reference", [EXACT, "previous"], ids=["initial", "previous"]
 )
@@ -45,7 +42,7 @@ eq14 = pair_loss(d3po.d3po_losses, BETA)
 
 def epochs_of(policy, n=3, method="eq14", *, losses=None, **options):
     """Run `align` with the settings of this file."""
-    function, update_every, _ = METHODS[method]
+    function, update_every = METHODS[method]
     settings = {
         "reference": EXACT,
         "score": worlds.reach,
@@ -71,7 +68,7 @@ class Counted(nn.Module):
 
 
 @BOTH_REFERENCES
-@pytest.mark.parametrize("method", ["eq14", "chain"])
+@pytest.mark.parametrize("method", METHODS)
 def test_the_loop_is_algorithm_1(method, reference, monkeypatch):
     monkeypatch.setattr("toy.align.MAX_GRAD_NORM", 0.1)  # which these gradients exceed
     n = 3
@@ -110,17 +107,6 @@ def test_the_loop_is_algorithm_1(method, reference, monkeypatch):
         assert torch.equal(a, b)
 
 
-@EVERY_METHOD
-def test_alignment_raises_the_score_and_the_accuracy(method):
-    policy = new_policy()
-    torch.manual_seed(2)
-    first, *_, last = (epoch for epoch in epochs_of(policy, 40, method, label=d3po.preference))
-    before, after = (epoch.new.scores.mean().item() for epoch in (first, last))
-    # the error of a mean of 32 scores is about 0.2; Eq. 12 trains the first of 5 steps only
-    assert after > before + (0.3 if method == "eq12" else 0.8), (before, after)
-    assert first.accuracy == 0.5 and first.margin == 0  # the policy is the reference
-
-
 def test_calls_of_the_networks():
     """A step is one call for all its chains; the reference has T an epoch, or none at all."""
 
@@ -135,22 +121,6 @@ def test_calls_of_the_networks():
     policy = Counted(new_policy())
     list(epochs_of(policy, 2, reference="previous", label=no_ties))
     assert policy.calls == 2 * 2 * T  # nothing else can have been called
-
-
-def test_the_previous_reference_is_the_policy_that_sampled():
-    for epoch in epochs_of(perturbed_policy(), 3, reference="previous"):
-        assert torch.equal(epoch.new.ref_log_prob, epoch.new.trajectory.log_prob)
-        assert epoch.accuracy == 0.5 and epoch.margin == 0
-
-
-def test_pairs_share_their_x_T_and_labels_compare_their_ends():
-    epoch = next(epochs_of(new_policy()))
-    x = epoch.new.trajectory.x
-    assert x.shape == (T + 1, 2 * PAIRS, 2)
-    assert torch.equal(x[0, 0::2], x[0, 1::2]) and not torch.equal(x[1, 0::2], x[1, 1::2])
-    first, second = worlds.reach(x[-1, 0::2]), worlds.reach(x[-1, 1::2])
-    assert torch.equal(epoch.new.scores, torch.stack([first, second], 1))
-    assert torch.equal(epoch.new.h, (first - second).sign().long())
 
 
 @pytest.mark.parametrize("chains", [1, 4])
@@ -291,7 +261,7 @@ def all_ties(a, b):
     return torch.zeros(len(a), dtype=torch.long)
 
 
-@pytest.mark.parametrize("method", ["eq14", "chain"])
+@pytest.mark.parametrize("method", METHODS)
 def test_an_epoch_of_ties_changes_nothing_and_reports_numbers(method):
     policy = new_policy()
     before = nn.utils.parameters_to_vector(policy.parameters()).clone()

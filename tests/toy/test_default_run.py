@@ -15,22 +15,21 @@ UNTRAINED = {
     "ddpm": lambda: ddpm.MLP(VARIANCE),
     "flow": lambda: flow.FlowDenoiser(flow.Velocity(VARIANCE)),
 }
+FLOW = ["--model", "flow", "--loss", "chain"]
 
 
-@pytest.fixture(scope="module", params=["ddpm", "flow"])
-def name(request):
-    return request.param
+@pytest.mark.parametrize("name", UNTRAINED)
+def test_a_run_with_no_flag(name, tmp_path):
+    """One test, so that no second worker makes the same run."""
+    out = tmp_path / "run"
+    train_toy.main(["--out", str(out), *([] if name == "ddpm" else FLOW)])
+    check_promises(out, name)
+    check_share_by_quadrature(out, name)
+    check_reference_samples_the_ring(out)
+    check_reference_is_close_to_the_exact_denoiser(out, name)
 
 
-@pytest.fixture(scope="module")
-def run(name, tmp_path_factory):
-    out = tmp_path_factory.mktemp(name) / "run"
-    flags = [] if name == "ddpm" else ["--model", name, "--loss", "chain"]
-    train_toy.main(["--out", str(out), *flags])
-    return out
-
-
-def test_it_keeps_its_promises(run, name):
+def check_promises(run, name):
     """Promises of the README for five seeds, counted here from the stored points of one."""
     config = json.loads((run / "config.json").read_text())
     samples = np.load(run / "samples.npz")
@@ -47,7 +46,7 @@ def test_it_keeps_its_promises(run, name):
         assert last["chain"] > last["eq14"] + 0.1
 
 
-def test_its_share_is_that_of_quadrature(run, name):
+def check_share_by_quadrature(run, name):
     """The stored policy, by an evaluation that samples nothing, against the last of the log."""
     config = json.loads((run / "config.json").read_text())
     model, numbers = train_toy.MODELS[name], config["optimum"]
@@ -63,14 +62,14 @@ def test_its_share_is_that_of_quadrature(run, name):
     assert share >= 0.90
 
 
-def test_the_learned_reference_samples_the_ring(run):
+def check_reference_samples_the_ring(run):
     x = torch.tensor(np.load(run / "samples.npz")["before"])
     assert worlds.on_data(RING, x).float().mean() >= 0.95  # 0.959 here, with error 0.003
     share = torch.cdist(x, RING.means).argmin(1).bincount(minlength=8) / len(x)
     assert (share - 1 / 8).abs().max() < 0.03  # the error of a share is 0.005
 
 
-def test_the_learned_reference_is_close_to_the_exact_denoiser(run, name):
+def check_reference_is_close_to_the_exact_denoiser(run, name):
     """Its training loss exceeds the exact denoiser's by the mean of |eps_theta - eps|^2."""
     model, learned = train_toy.MODELS[name], UNTRAINED[name]()
     exact = worlds.exact_denoiser(RING, model.alpha_bars)

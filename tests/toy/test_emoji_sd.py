@@ -153,8 +153,8 @@ def test_the_quick_model_loads_in_stock_diffusers_and_draws(quick):
     pipe = StableDiffusionPipeline.from_pretrained(quick, local_files_only=True)
     assert {net.dtype for net in (pipe.unet, pipe.vae, pipe.text_encoder)} == {torch.float32}
     assert pipe.safety_checker is None and pipe.tokenizer.model_max_length == models.MAX_TOKENS
-    first, again, other = (check.samples(pipe, 45, seed, steps=2) for seed in (0, 0, 1))
-    assert first.shape == (45, 64, 64, 3)
+    first, again, other = (check.samples(pipe, 2, seed, steps=2) for seed in (0, 0, 1))
+    assert first.shape == (2, 64, 64, 3)
     assert (first == again).all() and (first != other).any()
 
 
@@ -283,7 +283,7 @@ def test_the_committed_model_is_small_and_has_its_card():
 @needs_font
 def test_the_committed_vae_keeps_held_out_renderings():
     pipe = check.load_pipeline()
-    assert make.psnr(pipe.vae, render.dataset(90, make.HELD_OUT)[0]) >= 27
+    assert make.psnr(pipe.vae, render.dataset(20, make.HELD_OUT)[0]) >= 27
 
 
 @needs_font
