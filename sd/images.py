@@ -133,6 +133,6 @@ def spellings(name: str) -> dict[str, None]:
 
 @functools.cache
 def image_suffixes() -> set[str]:
-    """Of the images that Pillow can read."""
+    """Suffixes of the images that Pillow can read."""
     formats = Image.registered_extensions()
     return {suffix for suffix, name in formats.items() if name in Image.OPEN}

@@ -507,7 +507,7 @@ def are_animals(prompts: str | list | None) -> bool:
 
 
 def saved_settings(folder: Path, typed: dict) -> dict:
-    """Those of an earlier run and what was typed. Raises UserError for a flag that differs."""
+    """The settings of an earlier run with what was typed; UserError for a flag that differs."""
     try:
         config = files.read_json(folder / "config.json")
         saved = {name: config[name] for name in SAVED}

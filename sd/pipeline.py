@@ -58,7 +58,7 @@ CACHED_BYTES = 5e8  # of conditioning that is kept
 
 
 def load_pipeline(model: str | DiffusionPipeline, precision: str) -> DiffusionPipeline:
-    """From the hub, a folder or one .safetensors file; one that is loaded, in this precision.
+    """A pipeline of the hub, a folder or a .safetensors file, or a loaded one, in this precision.
 
     Raises UserError where it cannot be loaded or trained.
     """
