@@ -353,7 +353,8 @@ def argument(option: Field) -> dict:
         more = {"action": argparse.BooleanOptionalAction if option.default else "store_true"}
     kinds = [kind for kind in (int, float, Path) if kind in kinds_of(option)]
     more |= {"type": kinds[0]} if kinds else {}
-    shown = "" if option.default is None else f" (default: {option.default})"
+    default = "on" if option.default is True else option.default
+    shown = "" if default is None or default is False else f" (default: {default})"
     return {**more, "help": option.metadata["help"] + shown}
 
 

@@ -95,53 +95,61 @@ def parse(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argparse.Nam
         "--preference",
         choices=SCORES,
         default="reach",
-        help="the score by which points are compared",
+        help="the score that compares points",
     )
     world.add_argument(
         "--labels",
         choices=LABELS,
         default="bradley-terry",
-        help="drawn from Eq. 3, or the better wins",
+        help="the better point wins by the odds of Eq. 3, or always",
     )
     world.add_argument(
-        "--model", choices=MODELS, default="ddpm", help="a DDPM, or a rectified flow"
+        "--model",
+        choices=MODELS,
+        default="ddpm",
+        help="what is trained: a DDPM, or a rectified flow",
     )
     world.add_argument(
         "--reference",
         choices=["learned", "exact"],
         default="learned",
-        help="trained on samples, or the formula",
+        help="the model before training: trained on samples, or the exact formula",
     )
-    world.add_argument("--num-steps", type=int, default=20, help="T, denoising steps")
+    world.add_argument("--num-steps", type=int, default=20, help="denoising steps T")
     world.add_argument(
-        "--eta", type=float, default=1.0, help="DDIM's noise scale, above 0 and at most 1"
+        "--eta", type=float, default=1.0, help="noise of DDIM's steps, above 0 and at most 1"
     )
     method = parser.add_argument_group("the method")
     method.add_argument(
         "--loss",
         choices=LOSSES,
         nargs="+",
-        default=["eq14", "chain"],
-        help="trained one after the other, from the same reference and seed",
+        default=argparse.SUPPRESS,
+        help="one or more, each from the same reference and seed; by default eq14 and chain",
     )
-    method.add_argument("--beta", type=float, default=0.3, help="strength of the KL: score per nat")
+    method.add_argument("--beta", type=float, default=0.3, help="price of a nat of KL, in score")
     method.add_argument(
-        "--lr", type=float, help="Adam's first step size, falling to 0 as a cosine; by --loss"
-    )
-    method.add_argument(
-        "--epochs", type=int, default=15, help="times that pairs are sampled and trained on"
-    )
-    method.add_argument(
-        "--pairs", type=int, default=256, help="pairs of chains, so labels, an epoch"
+        "--lr",
+        type=float,
+        default=argparse.SUPPRESS,
+        help="Adam's first step size, which falls to 0 as a cosine; by default the loss's own",
     )
     method.add_argument(
-        "--replay", type=int, help="batches of stored pairs that an epoch adds; by --loss"
+        "--epochs", type=int, default=15, help="how often pairs are sampled and trained on"
     )
-    parser.add_argument(
-        "--seed", type=int, default=0, help="the same seed gives the same metrics.jsonl"
+    method.add_argument(
+        "--pairs", type=int, default=256, help="pairs of chains in an epoch, with a label each"
     )
-    parser.add_argument("--out", type=Path, default=Path("runs/toy"), help="run folder")
-    args = parser.parse_args(argv)
+    method.add_argument(
+        "--replay",
+        type=int,
+        default=argparse.SUPPRESS,
+        help="batches of earlier pairs in an epoch; by default the loss's own",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of all random numbers")
+    parser.add_argument("--out", type=Path, default=Path("runs/toy"), help="folder of the run")
+    by_default = argparse.Namespace(loss=["eq14", "chain"], lr=None, replay=None)
+    args = parser.parse_args(argv, by_default)
 
     for name in ("beta", "lr", "epochs", "pairs"):
         value = getattr(args, name)

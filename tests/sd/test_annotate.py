@@ -965,7 +965,7 @@ def test_chromium_says_that_a_picture_did_not_come(browser, start, tmp_path):
     session = start(questions)
     with open_tab(browser, session.url) as tab:
         wait_for_prompt(tab, "a cat")
-        assert tab.get_by_text("This picture did not come").count() == 1
+        assert tab.get_by_text("This picture did not load").count() == 1
         assert tab.get_by_role("button", name="Tie").is_disabled()
         press(tab, "ArrowLeft", "ArrowRight", " ", "s")  # only the skip counts
         wait_for_prompt(tab, "a dog")

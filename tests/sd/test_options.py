@@ -146,7 +146,7 @@ def test_the_common_flags_fill_a_screen_and_help_shows_each_default(monkeypatch)
         if type(option.default) in (int, float, str):
             assert f"(default:{option.default})" in helps[options.flag_of(name)]
     without = {flag for flag, shown in helps.items() if "default" not in shown}
-    assert without == {"--objective", "--labels", "--resume", "--evaluate"}
+    assert without == {"--objective", "--labels", "--resume", "--evaluate", "--dry-run"}
 
 
 @pytest.mark.slow
