@@ -14,7 +14,7 @@ from sd.scorers import measure_of, split_objective
 SETTINGS = "These are the settings that it was trained with; with others its effect may differ."
 FIGURES = {  # file of a run -> what it shows
     "progress.png": "Held-out images, on which nothing is trained, over the training: each column "
-    "keeps its prompt and starting noise. Beside a row: the mean of all held-out images.",
+    "keeps its prompt and starting noise. A number beside a row is the mean of all of them.",
     "reward_curve.png": "What was measured during the training.",
     "evaluation.png": "Before and after training, from the same new noise.",
     "evaluation_stock.png": "The same with the pipeline's own settings.",
