@@ -38,8 +38,8 @@ CHAIN = "whole chain"
 WHOLE_CHAIN = {  # what sd_demo.py does to the emoji model by default
     "loss": "chain",
     "batch_size": 1,
-    "lr": 1.5e-3,
-    "beta": 0.12,
+    "lr": 1e-3,
+    "beta": 0.25,
     "replay": 4,
     "warm_up": 3,
     "average_weights": True,

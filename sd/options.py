@@ -41,7 +41,7 @@ LABEL_PASSES = 4  # over --labels, where an objective follows
 EMOJI_PRESETS = {  # sd/results/paper.md has the sweep
     "num_steps": 10,
     "guidance_scale": 1.0,
-    "lr": 1.5e-3,
+    "lr": 1e-3,
     "gradient_checkpointing": False,
     "eval_images": 90,
 }
@@ -87,6 +87,7 @@ OTHERS = {
     "average_weights": False,
     "warm_up": 1,
 }
+EMOJI_OTHERS = {"lr": 1.5e-3}
 LOSS_PRESETS = {loss: OTHERS for loss in LOSSES if loss != "chain"}
 LOSS_PRESETS["sft"] = {**OTHERS, "beta": 0.0}  # the paper's has no KL
 LOSS_PRESETS["ddpo"] = {**OTHERS, "clip": 0.1}
@@ -132,7 +133,7 @@ class Common:
     )
     num_steps: int = setting(20, "denoising steps", "T")
     beta: float | None = setting(
-        0.12,
+        0.25,
         "weight of the KL, per nat of a log-ratio; larger stays nearer the initial model",
         zero=True,
     )
@@ -390,6 +391,7 @@ def epilog() -> str:
         **{f"--objective {source}": SOURCE_PRESETS[source] for source in PEOPLE},
         "--labels": {**SOURCE_PRESETS["labels"], "epochs": LABEL_PASSES},
         "--loss eq14 and all but chain": OTHERS,
+        "the same on the emoji model": EMOJI_OTHERS,
         **{f"--recipe {recipe}": preset for recipe, preset in RECIPES.items()},
     }
     texts = [METHOD, "", "other defaults, after which comes what you type:"]
@@ -490,7 +492,8 @@ def presets(typed: dict) -> dict:
     objective, labels = typed.get("objective"), typed.get("labels")
     if objective or is_emoji:
         settings["prompts"] = "animals"
-    settings |= LOSS_PRESETS.get(typed.get("loss"), {})
+    if other := LOSS_PRESETS.get(typed.get("loss")):
+        settings |= {**other, **(EMOJI_OTHERS if is_emoji else {})}
     settings |= SOURCE_PRESETS["labels"] if labels else {}
     settings |= SOURCE_PRESETS[objective] if objective in PEOPLE else {}
     settings |= {"epochs": LABEL_PASSES} if labels and not objective else {}
