@@ -75,10 +75,11 @@ def test_operations_are_those_of_torchs_counter_and_attention_counts(setup):
     bench = bench_cost.Bench(setup, 1, 2)
     lacking = bench_cost.FORMULAS.keys() - flop_registry.keys()
     attention = {op: bench_cost.FORMULAS[op].__wrapped__ for op in lacking}
-    run = partial(bench.ours, reference="initial")
+    side = bench_cost.Side("", bench, partial(bench.ours, reference="initial"))
+    side.prepare()
     with FlopCounterMode(display=False, custom_mapping=attention) as theirs:
-        run()
-    ours = bench_cost.count(bench_cost.Side("", bench, run))["gflop"]
+        side.run()
+    ours = bench_cost.count(side)["gflop"]
     assert ours == pytest.approx(theirs.get_total_flops() / 2e9)
 
     q = torch.randn(2, 3, 64, 8, requires_grad=True)

@@ -126,6 +126,7 @@ def test_with_parts_failing_the_page_is_whole_and_has_each_line_at_once(
 
     parts = {"emoji": fails_later, "SD 1.5": checks, "SDXL": fails, "SD 3": endless, "fp32": checks}
     monkeypatch.setattr(bench_gpu, "make_parts", lambda device: parts)
+    monkeypatch.setattr(bench_gpu, "free", lambda: None)  # collecting a test run's garbage is slow
     monkeypatch.setattr(bench_gpu, "machine_name", lambda: "some card")
     monkeypatch.setattr(options, "device_available", lambda device: True)
     page.write_text(f"before\n{bench_gpu.MARK}not measured yet\n{bench_gpu.MARK}after\n")

@@ -381,7 +381,7 @@ def test_a_run_holds_its_folder_and_lets_go_of_it_when_it_is_stopped(
     def train(run):
         with pytest.raises(UserError, match="in use by another process"), files.Lock() as lock:
             lock.acquire(out)
-        os.kill(os.getpid(), stop)
+        signal.raise_signal(stop)
         yield
 
     monkeypatch.setattr(sd_demo, "train", train)
