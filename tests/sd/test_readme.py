@@ -112,3 +112,9 @@ def test_any_function_is_a_denoiser():
 
 def test_the_version_is_that_of_the_code():
     assert f"Version {d3po.__version__}" in README
+
+
+def test_readme_help_and_start_up_name_the_method_in_the_same_words():
+    plain = " ".join(README.replace("*", "").replace("`", "").split())
+    assert options.METHOD in plain
+    assert options.METHOD in " ".join(options.epilog().split())
