@@ -32,8 +32,8 @@ OF_PAIRS = ["chain", "eq14", "eq12"]  # the losses of d3po.py
 SCORED = ["reward-weighted", "ddpo", "dpok"]  # losses that see scores, not preferences
 LOSSES = [*OF_PAIRS, "sft", *SCORED, "diffusion-dpo"]
 METHOD = (
-    "The whole chain (--loss chain) for scores, people and files: it is exact, it ends first in the "
-    "plane, and its beta means the same for every model and number of steps."
+    "The whole chain (--loss chain) for scores, people and files: it is exact, it ends first in "
+    "the plane, and its beta means the same for every model and number of steps."
 )
 PAPER_BETA = 0.1  # of the mean over the D latent elements: 0.1 / D of the sum
 LABEL_PASSES = 4  # over --labels, where an objective follows
