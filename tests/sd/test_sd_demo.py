@@ -507,7 +507,7 @@ def test_a_run_ends_whose_scorer_gives_some_images_no_score(tiny, scorers, tmp_p
         (2, 4, None)  # of four images the two brighter have scores: one pair a group
     ] * 2
     assert all(row["score"] > 0 and row["loss"] > 0 and row["eval_score"] > 0 for row in rows)
-    assert capsys.readouterr().out.count("4 images have no score and are in no label") == 2
+    assert capsys.readouterr().out.count("Images without a score, in no label: 4") == 2
     sd_demo.run(evaluate=out, eval_images=4)
     result = json.loads((out / "evaluation.json").read_text(), parse_constant=pytest.fail)
     assert result["pairs"] + result["unscored"] == 4 and result["unscored"] >= 2
