@@ -3,6 +3,7 @@
 import base64
 import html
 import os
+import re
 from argparse import Namespace
 from pathlib import Path
 
@@ -199,8 +200,9 @@ def page(folder: Path, title: str, *, code: str) -> str:
     parts += [f"<h1>{html.escape(title)}</h1><p>{first}</p>"]
     parts += ["<ul>", *(f"<li>{sentence}</li>" for sentence in more), "</ul>"]
     if warnings := collect_warnings(folder):
-        items = [f"<li>{html.escape(warning)}</li>" for warning in warnings]
-        parts += ["<h2>Warnings</h2><ul>", *items, "</ul>"]
+        text = "".join(f"<li>{html.escape(warning)}</li>\n" for warning in warnings)
+        text = re.sub("(python sd_demo.py .+)</li>", r"<pre>\1</pre></li>", text)
+        parts += [f"<h2>Warnings</h2><ul>{text}</ul>"]
     for name in pictures(folder):
         image = base64.b64encode((folder / name).read_bytes()).decode()
         parts += [f"<p>{FIGURES[name]}</p><img src=data:image/png;base64,{image} alt={name}>"]
