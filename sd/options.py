@@ -191,7 +191,8 @@ class Sampling:
     width: int | None = setting(None, "width of images, pixels; by default the model's", "N")
     eta: float = setting(
         1.0,
-        "DDIM's noise scale, 0 < eta <= 1; the smaller, the more is decided by x_T",
+        "DDIM's noise scale, 0 < eta <= 1; at 1 the images follow the law tilted by the score, "
+        "with less x_T decides a part of them",
         "ETA",
     )
     guidance_scale: float = setting(

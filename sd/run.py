@@ -721,9 +721,9 @@ def advice(folder: Path, args: Settings, *, new_run: bool) -> str:
     """What a run that stops has, and how to go on; new_run: not with its own settings."""
     lora, word = folder / "lora", metrics.epoch_word(args.objective)
     trained = (lora / files.LORA_FILE).exists()
-    kept = (
-        f"{folder} {f'keeps the model of the last good {word}' if trained else 'has no model yet'}"
-    )
+    kept = f"{folder} has no model yet"
+    if trained:
+        kept = f"{folder} keeps the model of the last good {word}"
     if new_run:
         return f"{kept}: --init-lora {lora} begins with it." if trained else f"{kept}."
     verb = "--evaluate" if args.evaluate and trained else "--resume"
