@@ -152,7 +152,8 @@ def main(argv: list[str] | None = None) -> None:
 
     def race(points: list[dict]) -> None:
         for seed, task in product(SEEDS, TASKS):
-            left = [point for point in points if not dropped(point, runs_that_ended())]
+            runs = runs_that_ended()
+            left = [point for point in points if not dropped(point, runs)]
             jobs = [job_at(point, task, seed) for point in left]
             bench.run_jobs(jobs, measure=measure, args=args, store=STORE, write=write)
 
